@@ -1,0 +1,4 @@
+"""The method: curvature, sensitivity, allocation and fine-tuning of mixed-precision networks.
+
+Knows torch, numpy and scipy; no cluster, no files, no configuration.
+"""

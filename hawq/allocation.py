@@ -1,0 +1,95 @@
+"""A choice: the bits of every group of one space, as an immutable value."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hawq.space import Space
+
+__all__ = ["Allocation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The bits of every group of one space.
+
+    Build it with ``Allocation.of``, which checks menus and ties.
+
+    Attributes:
+        names: The groups' names, in the space's order.
+        bits: Their bit-widths, same order.
+        space: Fingerprint of the space that it belongs to.
+    """
+
+    names: tuple[str, ...]
+    bits: tuple[int, ...]
+    space: str
+
+    @staticmethod
+    def of(space: Space, bits: Sequence[int] | Mapping[str, int]) -> "Allocation":
+        """Choose bits for a space, in its order or by name.
+
+        Raises:
+            ValueError: If a group is missing or unknown, its bits are not on its menu, or tied
+                groups differ.
+        """
+        if isinstance(bits, Mapping):
+            odd = set(space.names) ^ set(bits)
+            if odd:
+                raise ValueError(f"bits must name each group of the space once, got {sorted(odd)}")
+            bits = [bits[name] for name in space.names]
+        if len(bits) != len(space):
+            raise ValueError(f"bits must have {len(space)} entries, got {len(bits)}")
+        values = tuple(int(b) for b in bits)
+        for group, b in zip(space.groups, values, strict=True):
+            if b not in group.menu:
+                raise ValueError(f"{group.name}: bits must be one of {group.menu}, got {b}")
+        for members in space.rows():
+            if len({values[i] for i in members}) > 1:
+                tied = ", ".join(f"{space.names[i]}={values[i]}" for i in members)
+                raise ValueError(f"tied groups must receive the same bits, got {tied}")
+        return Allocation(space.names, values, space.fingerprint)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the names and bits: equal choices have equal digests."""
+        text = json.dumps([self.names, self.bits])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def __getitem__(self, name: str) -> int:
+        return self.bits[self.names.index(name)]
+
+    def choice(self, space: Space) -> NDArray[np.int64]:
+        """Return the column of each group in the space's tables, shape (L,).
+
+        Raises:
+            ValueError: If this allocation belongs to another space.
+        """
+        if space.fingerprint != self.space:
+            raise ValueError(
+                f"the allocation must belong to space {space.fingerprint}, got one of {self.space}"
+            )
+        return np.searchsorted(space.widths, self.bits).astype(np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"space": self.space, "bits": dict(zip(self.names, self.bits, strict=True))}
+
+    @staticmethod
+    def from_json(space: Space, data: Mapping[str, Any]) -> "Allocation":
+        """Read what ``to_json`` returned.
+
+        Raises:
+            ValueError: If it was made for another space.
+        """
+        if data["space"] != space.fingerprint:
+            raise ValueError(
+                f"the allocation must belong to space {space.fingerprint}, "
+                f"got one of {data['space']}"
+            )
+        return Allocation.of(space, data["bits"])

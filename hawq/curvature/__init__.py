@@ -1,0 +1,18 @@
+"""Curvature of the loss in each layer's weights: estimators, their errors, and the choice of one."""
+
+from hawq.curvature.choice import Choice, EstimatorName, choose_estimator
+from hawq.curvature.estimate import NonFiniteTraceError, TraceEstimate, UnitSums
+from hawq.curvature.units import Reducer, TracePlan, estimate_traces, run_unit
+
+__all__ = [
+    "Choice",
+    "EstimatorName",
+    "NonFiniteTraceError",
+    "Reducer",
+    "TraceEstimate",
+    "TracePlan",
+    "UnitSums",
+    "choose_estimator",
+    "estimate_traces",
+    "run_unit",
+]

@@ -1,0 +1,15 @@
+"""Quantization-aware fine-tuning: fake quantizers that attach and detach, and the training loop."""
+
+from hawq.finetune.quantized import attach, calibrate, detach
+from hawq.finetune.training import DivergedError, Recipe, evaluate, make_optimizer, train_epoch
+
+__all__ = [
+    "DivergedError",
+    "Recipe",
+    "attach",
+    "calibrate",
+    "detach",
+    "evaluate",
+    "make_optimizer",
+    "train_epoch",
+]

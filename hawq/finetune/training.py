@@ -1,0 +1,174 @@
+"""Gradient descent by epochs, each a pure function of (weights, optimizer state, seed, epoch).
+
+The same loop trains a network from scratch and fine-tunes its quantized form, so every candidate
+of a comparison meets one recipe. An interrupted run resumes after its last whole epoch with the
+same bits as an undisturbed one.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hawq.curvature.probes import probe_seed
+from hawq.task import Task, moved
+
+__all__ = ["DivergedError", "Recipe", "evaluate", "make_optimizer", "train_epoch"]
+
+
+class DivergedError(ValueError):
+    """The training loss became NaN or infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the training split.
+        batch_size: Examples a step.
+        lr: Peak learning rate of SGD with Nesterov momentum; cosine to zero after a warm-up.
+        momentum: Of SGD.
+        weight_decay: Of weights; scales, biases and batch-norm have none.
+        warmup: Share of all steps in which the rate rises from zero.
+        scale_lr: Learning rate of quantization scales as a multiple of ``lr``.
+        freeze_batch_norm: Share of the epochs after which batch-norm's statistics stay fixed;
+            low-bit networks oscillate otherwise.
+        examples_per_epoch: Examples drawn an epoch; None takes the whole split.
+        precision: ``"bf16"`` runs forward passes in bfloat16 where torch's autocast would.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    scale_lr: float = 1.0
+    freeze_batch_norm: float = 0.6
+    examples_per_epoch: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def steps_per_epoch(self, size: int) -> int:
+        """Whole batches an epoch takes from a split of ``size`` examples, at least one."""
+        return max(1, min(size, self.examples_per_epoch or size) // self.batch_size)
+
+    def rate(self, progress: float) -> float:
+        """Learning rate after a share of all steps."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        cosine = math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup))
+        return self.lr * (1 + cosine) / 2
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """Make the recipe's optimizer: decayed weights, plain vectors, and quantization scales."""
+    scales, weights, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith(".scale"):
+            scales.append(parameter)
+        else:
+            (weights if parameter.ndim > 1 else vectors).append(parameter)
+    groups = [
+        {"params": weights, "weight_decay": recipe.weight_decay, "factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
+        {"params": scales, "weight_decay": 0.0, "factor": recipe.scale_lr},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=True,
+    )
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    recipe: Recipe,
+    *,
+    epoch: int,
+    seed: int,
+    on_step: Callable[[int, int], None] | None = None,
+) -> float:
+    """Train for one epoch.
+
+    Args:
+        model: Trained in place, on whatever device it is.
+        optimizer: From ``make_optimizer``; its learning rate is set here.
+        task: Gives the training split, its augmentation and the loss.
+        recipe: How to train.
+        epoch: Which epoch, from 0; with ``seed`` it fixes order and augmentation.
+        seed: Of the whole training.
+        on_step: Called with the steps done and the steps of the epoch.
+
+    Returns:
+        Mean training loss.
+
+    Raises:
+        DivergedError: If the loss is NaN or infinite.
+    """
+    generator = torch.Generator().manual_seed(probe_seed(seed, epoch, 0))
+    size = task.size("train")
+    steps = recipe.steps_per_epoch(size)
+    order = torch.randperm(size, generator=generator)
+    device = next(model.parameters()).device
+    _train_mode(model, freeze=epoch >= recipe.freeze_batch_norm * recipe.epochs)
+    total = 0.0
+    for step in range(steps):
+        indices = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+        batch = moved(task.augment(task.batch("train", indices), generator), device)
+        rate = recipe.rate((epoch * steps + step) / (recipe.epochs * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        with _precision(recipe, device):
+            loss = task.losses(model, batch).float().mean()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the training loss must be finite, got {value} in epoch {epoch + 1}, step "
+                f"{step + 1}: lower lr (now {recipe.lr:g})"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += value
+        if on_step is not None:
+            on_step(step + 1, steps)
+    return total / steps
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, split: str, *, batch_size: int = 256) -> Tensor:
+    """Score every example of a split, shape (N,), float32, in full precision and eval mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    scores = []
+    for indices in torch.arange(task.size(split)).split(batch_size):
+        batch = moved(task.batch(split, indices), device)
+        scores.append(task.scores(model, batch).float().cpu())
+    return torch.cat(scores)
+
+
+def batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the network's batch-norm layers."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return (module for module in model.modules() if isinstance(module, kinds))
+
+
+def _train_mode(model: nn.Module, *, freeze: bool) -> None:
+    model.train()
+    if freeze:
+        for module in batch_norms(model):
+            module.eval()
+
+
+def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")

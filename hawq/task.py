@@ -1,0 +1,114 @@
+"""The contract between a network with its data and everything that searches over it.
+
+A task is a picklable description that builds the same network and the same examples anywhere: on
+the driver, on a worker of another machine, after a restart. It holds no open files and computes
+nothing in its constructor. ``hawq.testing.check_task`` tells whether an object keeps the contract.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["Batch", "Factor", "Task", "moved", "softmax_factor"]
+
+# Tensors in any nesting of tuples, lists and dicts; only the task looks inside.
+Batch = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A square root of the loss's Hessian in the network's outputs, sample by sample.
+
+    Σ over a task's factors of ``sign`` · B Bᵀ equals ∇²ℓ; one factor with sign +1 is enough where
+    the loss is convex in the outputs.
+
+    Attributes:
+        rank: Columns R of B.
+        apply: Maps s, shape (N, R), to B s, of the outputs' shape.
+        sign: +1 or −1.
+    """
+
+    rank: int
+    apply: Callable[[Tensor], Tensor]
+    sign: float = 1.0
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A network, its data, its loss and its score.
+
+    Splits are ``"train"`` (fine-tuning and curvature), ``"search"`` (held out from the training
+    data; ranks candidates) and ``"test"`` (read once, by the report).
+
+    Attributes:
+        score_name: What ``scores`` measures, for tables and axes: ``"accuracy"``.
+        fingerprint: Changes whenever the network's structure, the data or the splits do.
+        search_seen: Whether the network was trained on the search split. If so, its scores
+            there rank candidates but do not measure drops.
+    """
+
+    score_name: str
+    fingerprint: str
+    search_seen: bool
+
+    def model(self) -> nn.Module:
+        """Build the network, float32, on the CPU; its weights may be loaded over afterwards."""
+        ...
+
+    def size(self, split: str) -> int:
+        """Count the examples of a split."""
+        ...
+
+    def batch(self, split: str, indices: Tensor) -> Batch:
+        """Return examples by index, shape (N,), always the same for the same indices."""
+        ...
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Return a training batch with random augmentation, drawn from ``generator`` alone."""
+        ...
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Return what the network takes, shape (N, …)."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each example's loss, shape (N,); the training loss is their mean.
+
+        An example's loss must not depend on the others of its batch (in eval mode).
+        """
+        ...
+
+    def curvature(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sequence[Factor]] | None:
+        """Return the outputs, shape (N, …), and the factors of the losses' Hessian in them.
+
+        None where no factor is known: curvature then needs Hessian-vector products.
+        """
+        ...
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each example's score, shape (N,), higher is better; the split's is their mean."""
+        ...
+
+
+def softmax_factor(logits: Tensor) -> Factor:
+    """Return the factor of softmax cross-entropy: B = diag(√p) − p√pᵀ, B Bᵀ = diag(p) − ppᵀ.
+
+    Args:
+        logits: Shape (N, C).
+    """
+    p = logits.detach().softmax(1)
+    root = p.sqrt()
+
+    def apply(s: Tensor) -> Tensor:
+        return root * s - p * (root * s).sum(1, keepdim=True)
+
+    return Factor(logits.shape[1], apply)
+
+
+def moved(batch: Batch, device: torch.device | str) -> Batch:
+    """Return a batch with all its tensors on a device."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(device), batch)

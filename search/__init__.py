@@ -1,0 +1,1 @@
+"""Everything with side effects: Ray, Tune, files, the command line."""

@@ -1,0 +1,1 @@
+"""Tasks: a network with its data, loss and score, built anywhere from a small description."""
