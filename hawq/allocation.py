@@ -45,10 +45,10 @@ class Allocation:
             bits = [bits[name] for name in space.names]
         if len(bits) != len(space):
             raise ValueError(f"bits must have {len(space)} entries, got {len(bits)}")
-        values = tuple(int(b) for b in bits)
-        for group, b in zip(space.groups, values, strict=True):
+        for group, b in zip(space.groups, bits, strict=True):
             if b not in group.menu:
                 raise ValueError(f"{group.name}: bits must be one of {group.menu}, got {b}")
+        values = tuple(int(b) for b in bits)
         for members in space.rows():
             if len({values[i] for i in members}) > 1:
                 tied = ", ".join(f"{space.names[i]}={values[i]}" for i in members)

@@ -47,7 +47,7 @@ def quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True) -> Ten
     low, high = codes(bits, signed=signed)
     if signed and bits == 1:
         return torch.where(x < 0, -scale, scale)
-    return torch.clamp(torch.round(x / scale), low, high) * scale
+    return _rounded(x, scale, low, high)
 
 
 def best_scales(x: Tensor, bits: int, *, signed: bool = True) -> Tensor:
@@ -71,15 +71,22 @@ def best_scales(x: Tensor, bits: int, *, signed: bool = True) -> Tensor:
     largest = x.abs().amax(1, keepdim=True).clamp_min(_TINY)
     scale = largest / high
     error = _row_errors(x, scale, low, high)
+
+    def consider(candidate: Tensor) -> None:
+        nonlocal scale, error
+        candidate_error = _row_errors(x, candidate, low, high)
+        wins = candidate_error < error
+        scale = torch.where(wins, candidate, scale)
+        error = torch.where(wins, candidate_error, error)
+
     # A signed range may exceed the positive codes by one: with two bits {−2 … 1} that matters.
     for fraction in torch.linspace(1 / _NUM_RANGES, 1.25, _NUM_RANGES).tolist():
-        scale, error = _better(x, scale, error, largest * (fraction / high), low, high)
+        consider(largest * (fraction / high))
     for _ in range(_NUM_REFINEMENTS):
         q = torch.clamp(torch.round(x / scale), low, high)
         fitted = (x * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp_min(_TINY)
         # Where every code is zero there is nothing to fit.
-        fitted = torch.where(fitted > 0, fitted, scale)
-        scale, error = _better(x, scale, error, fitted, low, high)
+        consider(torch.where(fitted > 0, fitted, scale))
     return scale
 
 
@@ -98,15 +105,9 @@ def squared_errors(weight: Tensor, widths: Sequence[int]) -> Tensor:
     return torch.stack(errors)
 
 
-def _better(
-    x: Tensor, scale: Tensor, error: Tensor, candidate: Tensor, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """Take the candidate scale in the rows where its error is smaller."""
-    candidate_error = _row_errors(x, candidate, low, high)
-    wins = candidate_error < error
-    return torch.where(wins, candidate, scale), torch.where(wins, candidate_error, error)
+def _rounded(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return (x / scale).round_().clamp_(low, high).mul_(scale)
 
 
 def _row_errors(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    rounded = torch.clamp(torch.round(x / scale), low, high) * scale
-    return (rounded - x).square().sum(1, keepdim=True)
+    return (_rounded(x, scale, low, high) - x).square().sum(1, keepdim=True)

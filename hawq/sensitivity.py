@@ -35,7 +35,9 @@ def omega(
     finite = np.isfinite(traces) & np.isfinite(squared_errors).all(1)
     if not finite.all():
         name = space.names[int(np.argmin(finite))]
-        raise ValueError(f"traces and squared errors must be finite, got a NaN or infinity in {name}")
+        raise ValueError(
+            f"traces and squared errors must be finite, got a NaN or infinity in {name}"
+        )
     sizes = np.array([group.num_elements for group in space.groups])
     average = np.maximum(traces, 0) / sizes
     table: NDArray[np.float64] = average[:, None] * squared_errors

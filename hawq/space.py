@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 __all__ = ["Group", "Space", "quantizable_layers", "weight_space"]
 
@@ -152,19 +153,26 @@ class Space:
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Find the layers whose weight can be quantized: convolutions and linear layers.
 
-    A weight that two layers share is listed once, under the first one's name.
+    A weight that several layers share is listed once, under the first one's name.
 
     Returns:
         Layer name to module, in the order of registration.
     """
-    seen: set[int] = set()
-    layers = {}
+    return {name: sharers[0] for name, sharers in sharing_layers(model).items()}
+
+
+def sharing_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Find the same layers, each at the head of all those that share its weight."""
+    first: dict[int, str] = {}
+    layers: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
-        if id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            layers[name] = module
+        weight = module.weight
+        if parametrize.is_parametrized(module, "weight"):
+            # ``module.weight`` is then a passing value, whose id a later one may receive.
+            weight = module.get_parameter("parametrizations.weight.original")
+        layers.setdefault(first.setdefault(id(weight), name), []).append(module)
     return layers
 
 
@@ -179,7 +187,7 @@ def weight_space(model: nn.Module, inputs: Tensor, menu: Sequence[int]) -> Space
     Raises:
         ValueError: If the network has no quantizable layer.
     """
-    layers = quantizable_layers(model)
+    layers = sharing_layers(model)
     if not layers:
         kinds = sorted({type(m).__name__ for m in model.modules()})
         raise ValueError(
@@ -187,15 +195,17 @@ def weight_space(model: nn.Module, inputs: Tensor, menu: Sequence[int]) -> Space
             f"got only {', '.join(kinds)}"
         )
     macs = dict.fromkeys(layers, 0)
-    names = {id(layer): name for name, layer in layers.items()}
+    names = {id(layer): name for name, sharers in layers.items() for layer in sharers}
 
     def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        positions = output[0].numel() // weight.shape[0]
+        positions = output.numel() // weight.shape[0]
         macs[names[id(module)]] += weight.numel() * positions
 
-    handles = [layer.register_forward_hook(count) for layer in layers.values()]
+    handles = [
+        layer.register_forward_hook(count) for sharers in layers.values() for layer in sharers
+    ]
     try:
         with torch.no_grad(), evaluating(model):
             model(inputs[:1])
@@ -203,7 +213,7 @@ def weight_space(model: nn.Module, inputs: Tensor, menu: Sequence[int]) -> Space
         for handle in handles:
             handle.remove()
     groups = []
-    for name, layer in layers.items():
+    for name, (layer, *_) in layers.items():
         assert isinstance(layer.weight, Tensor)
         groups.append(Group(f"w:{name}", layer.weight.numel(), macs[name], tuple(sorted(menu))))
     return Space(tuple(groups))

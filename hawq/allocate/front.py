@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +76,7 @@ class Rows:
     cost: NDArray[np.int64]
     members: Sequence[tuple[int, ...]]
 
-    def front(self, space: Space, choice: NDArray[np.int_]) -> Front:
+    def front(self, space: Space, choice: NDArray[np.integer[Any]]) -> Front:
         """Keep the undominated ones of some choices of rows, shape (F, R).
 
         Every front's totals are summed here, in one order, so that equal allocations have equal
@@ -91,13 +92,12 @@ class Rows:
         return Front(space, total_cost[keep], total[keep], spread)
 
 
-def merge_ties(
-    space: Space, sensitivity: NDArray[np.float64], cost: NDArray[np.int64]
-) -> Rows:
+def merge_ties(space: Space, sensitivity: NDArray[np.float64], cost: NDArray[np.int64]) -> Rows:
     """Sum the rows of tied groups.
 
     Raises:
-        ValueError: If a table has another shape than the space, a NaN, or a negative cost.
+        ValueError: If a table has another shape than the space, a NaN, or a negative cost, or if
+            no width of some group has a finite sensitivity.
     """
     expected = (len(space), len(space.widths))
     if sensitivity.shape != expected or cost.shape != expected:
@@ -109,15 +109,19 @@ def merge_ties(
         raise ValueError("sensitivity must not hold NaN, nor cost negative numbers")
     members = space.rows()
     barred = np.where(space.allowed(), sensitivity, np.inf)
-    return Rows(
-        np.stack([barred[list(m)].sum(0) for m in members]),
-        np.stack([cost[list(m)].sum(0) for m in members]),
-        members,
-    )
+    merged = np.stack([barred[list(m)].sum(0) for m in members])
+    finite = np.isfinite(merged).any(1)
+    if not finite.all():
+        name = space.names[members[int(np.argmin(finite))][0]]
+        raise ValueError(f"sensitivity must be finite for some allowed width, got none for {name}")
+    return Rows(merged, np.stack([cost[list(m)].sum(0) for m in members]), members)
 
 
 def undominated(cost: NDArray[np.int64], sensitivity: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Indices of the points that no other beats, cheapest first; barred (infinite) ones are left out."""
+    """Return the indices of the points that no other beats, cheapest first.
+
+    Barred points, of infinite sensitivity, are left out.
+    """
     order = np.lexsort((sensitivity, cost))  # by cost, then sensitivity
     best = np.minimum.accumulate(sensitivity[order])
     improves = np.append(True, best[1:] < best[:-1])

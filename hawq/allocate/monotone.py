@@ -65,9 +65,7 @@ def monotone_front(
     return rows.front(space, choice)
 
 
-def _staircases(
-    rows: Rows, order: list[int], descending: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _staircases(rows: Rows, order: list[int], descending: NDArray[np.int64]) -> NDArray[np.int64]:
     """Columns, shape (F, len(order)), of all staircases that may be undominated."""
     step = np.zeros(1, np.int64)  # where on `descending` each beginning stands
     total_cost, total = np.zeros(1, np.int64), np.zeros(1)

@@ -14,9 +14,7 @@ from hawq.space import Space
 __all__ = ["pareto_front"]
 
 
-def pareto_front(
-    space: Space, sensitivity: NDArray[np.float64], cost: NDArray[np.int64]
-) -> Front:
+def pareto_front(space: Space, sensitivity: NDArray[np.float64], cost: NDArray[np.int64]) -> Front:
     """Find all undominated allocations.
 
     Args:

@@ -1,4 +1,4 @@
-"""Curvature of the loss in each layer's weights: estimators, their errors, and the choice of one."""
+"""Curvature of the loss in each layer's weights: estimators, their errors, the choice of one."""
 
 from hawq.curvature.choice import Choice, EstimatorName, choose_estimator
 from hawq.curvature.estimate import NonFiniteTraceError, TraceEstimate, UnitSums

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map_only
 from hawq.curvature.linearity import nonlinearities
 from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.probes import probe_seed, rademacher
-from hawq.task import Batch, Factor, Task
+from hawq.task import Batch, Factor, Task, moved
 
-__all__ = ["EstimatorName", "Choice", "choose_estimator"]
+__all__ = ["Choice", "EstimatorName", "choose_estimator"]
 
 EstimatorName = Literal["gauss_newton", "hutchinson"]
 
@@ -44,8 +44,9 @@ def choose_estimator(task: Task, model: nn.Module, layers: Sequence[str], batch:
         batch: A few examples to look at.
     """
     twin = copy.deepcopy(model).double()
-    batch = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, batch)
     weights = weights_of(twin, layers)
+    batch = moved(batch, weights[0].device)
+    batch = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, batch)
     with differentiable(twin, weights):
         curvature = task.curvature(twin, batch)
         if curvature is None:
@@ -77,8 +78,10 @@ def choose_estimator(task: Task, model: nn.Module, layers: Sequence[str], batch:
 
 def _hessian_product(loss: Tensor, weight: Tensor, z: Tensor) -> float:
     """Return zᵀHz of one weight's block."""
+    if not loss.requires_grad:
+        return 0.0
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True, allow_unused=True)
-    if gradient is None or not gradient.requires_grad:
+    if gradient is None or not gradient.requires_grad:  # the loss is linear in this weight
         return 0.0
     (product,) = torch.autograd.grad(gradient, weight, z, retain_graph=True, allow_unused=True)
     return 0.0 if product is None else float((product * z).sum())
@@ -88,6 +91,8 @@ def _gauss_newton_product(
     outputs: Tensor, factors: Sequence[Factor], weight: Tensor, z: Tensor
 ) -> float:
     """Return zᵀGz of one weight's block: Σ sign·‖Bᵀ J z‖²."""
+    if not outputs.requires_grad:
+        return 0.0
     u = torch.zeros_like(outputs, requires_grad=True)
     (pullback,) = torch.autograd.grad(
         outputs, weight, u, create_graph=True, retain_graph=True, allow_unused=True
@@ -97,7 +102,7 @@ def _gauss_newton_product(
     (push,) = torch.autograd.grad(pullback, u, z, retain_graph=True)  # J z
     value = 0.0
     for factor in factors:
-        s = torch.zeros(len(outputs), factor.rank, dtype=outputs.dtype, requires_grad=True)
+        s = outputs.new_zeros(len(outputs), factor.rank, requires_grad=True)
         (image,) = torch.autograd.grad(factor.apply(s), s, push)  # Bᵀ J z
         value += factor.sign * float(image.square().sum())
     return value

@@ -37,6 +37,8 @@ def gauss_newton_samples(
         Samples, shape (K, G), of the Gauss–Newton traces of the *summed* loss.
     """
     samples = np.zeros((len(seeds), len(weights)))
+    if not outputs.requires_grad:
+        return samples
     for k, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for factor in factors:
@@ -44,7 +46,11 @@ def gauss_newton_samples(
             gradient = torch.autograd.grad(
                 outputs, weights, factor.apply(s), retain_graph=True, allow_unused=True
             )
-            for i, g in enumerate(gradient):
-                if g is not None:
-                    samples[k, i] += factor.sign * float(g.double().square().sum())
+            norms = [
+                outputs.new_zeros((), dtype=torch.float64)
+                if g is None
+                else g.double().square().sum()
+                for g in gradient
+            ]
+            samples[k] += factor.sign * torch.stack(norms).cpu().numpy()  # one wait for the device
     return samples

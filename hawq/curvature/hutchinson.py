@@ -37,10 +37,12 @@ def hutchinson_samples(
     """
     if loss.ndim != 0:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
+    samples = np.zeros((len(seeds), len(weights)))
+    if not loss.requires_grad:
+        return samples
     gradient = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
     # A loss that is linear in a weight has a gradient without a graph: its Hessian row is zero.
     curved = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
-    samples = np.zeros((len(seeds), len(weights)))
     if not curved:
         return samples
     chosen = [weights[i] for i in curved]
@@ -49,6 +51,11 @@ def hutchinson_samples(
         generator = torch.Generator().manual_seed(seed)
         z = [rademacher(w.shape, generator, w) for w in chosen]
         product = torch.autograd.grad(slopes, chosen, z, retain_graph=True, allow_unused=True)
-        for i, v, hv in zip(curved, z, product, strict=True):
-            samples[k, i] = 0.0 if hv is None else float((v.double() * hv.double()).sum())
+        products = [
+            v.new_zeros((), dtype=torch.float64)
+            if hv is None
+            else (v * hv).sum(dtype=torch.float64)
+            for v, hv in zip(z, product, strict=True)
+        ]
+        samples[k, curved] = torch.stack(products).cpu().numpy()  # one wait for the device
     return samples

@@ -15,14 +15,19 @@ from torch.autograd.graph import Node
 __all__ = ["nonlinearities"]
 
 # Linear, or piecewise linear, in all tensor operands together.
-_LINEAR = set(
-    "Abs AccumulateGrad AdaptiveAvgPool2D AdaptiveMaxPool2D Add Alias Amax AsStrided AvgPool2D "
-    "AvgPool3D Cat Clamp ClampMin Clone ConstantPadNd Copy Expand Flip Gather Hardtanh Index "
-    "IndexSelect LeakyRelu MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean "
-    "Min Minimum Neg Permute PixelShuffle Relu Repeat ReflectionPad2D ReplicationPad2D ReshapeAlias "
-    "Rsub Select Slice Split SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy Transpose "
-    "Unbind UnsafeView Unsqueeze UpsampleBilinear2D UpsampleNearest2D View Where".split()
-)
+# fmt: off
+_LINEAR = {
+    "Abs", "AccumulateGrad", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "Add", "Alias", "Amax",
+    "AsStrided", "AvgPool2D", "AvgPool3D", "Cat", "ChannelShuffle", "Clamp", "ClampMin", "Clone",
+    "ConstantPadNd", "Copy", "Expand", "Flip", "Gather", "Hardsigmoid", "Hardtanh", "Index",
+    "IndexSelect", "LeakyRelu", "MaskedFill", "Max", "MaxPool2DWithIndices",
+    "MaxPool3DWithIndices", "Maximum", "Mean", "Min", "Minimum", "Neg", "Permute", "PixelShuffle",
+    "PixelUnshuffle", "ReflectionPad2D", "Relu", "Repeat", "ReplicationPad2D", "ReshapeAlias",
+    "Roll", "Rsub", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "Sub", "Sum",
+    "T", "Threshold", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze",
+    "UpsampleBilinear2D", "UpsampleNearest2D", "View", "Where",
+}
+# fmt: on
 # Multiply operands: which positions of `next_functions` are multiplied with each other.
 _BILINEAR = {
     "Convolution": (0, 1),
@@ -32,6 +37,8 @@ _BILINEAR = {
     "Mm": (0, 1),
     "Bmm": (0, 1),
     "Mv": (0, 1),
+    "Dot": (0, 1),
+    "PreluKernel": (0, 1),
     "Mul": (0, 1),
     "Linear": (0, 1),
     "NativeBatchNorm": (0, 1),
@@ -62,7 +69,8 @@ def nonlinearities(outputs: Tensor, weights: Sequence[Tensor]) -> list[str]:
         for parent in parents:
             mask |= parent
         depends[node] = mask
-        name = re.sub(r"Backward\d*$", "", node.name())
+        # Torch's own nodes end in a digit; a custom function may be called anything.
+        name = re.sub(r"Backward\d+$", "", node.name())
         if own or not mask or name.split("::")[-1] in _LINEAR:
             continue
         problem = _problem(name, node, parents)

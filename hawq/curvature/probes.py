@@ -1,6 +1,7 @@
 """Random signs: the probe vectors of every estimator, each a function of its seed alone."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def probe_seed(seed: int, batch: int, probe: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def rademacher(shape: torch.Size | tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+def rademacher(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
     """Draw ±1 of a shape, with the type and device of ``like``.
 
     Drawn on the CPU, so that every device sees the same probe.

@@ -23,6 +23,9 @@ from hawq.task import Task, moved
 
 __all__ = ["Reducer", "TracePlan", "estimate_traces", "run_unit"]
 
+# A standard error from fewer degrees of freedom may be small by luck, and would stop the plan.
+_MIN_FREEDOM = 10
+
 
 @dataclass(frozen=True, slots=True)
 class TracePlan:
@@ -35,7 +38,8 @@ class TracePlan:
         examples: Indices into it.
         batch_size: Examples a unit.
         probes_per_unit: Probes a unit; they share one forward pass. At least 2.
-        rtol: Stop when every layer's probe error is at most ``rtol`` of its trace …
+        rtol: Stop when every layer's probe error is at most ``rtol`` of its trace, judged from
+            at least ten degrees of freedom (batches × (probes − 1)) …
         max_probes: … or when each example has seen this many probes.
         seed: Seed of all probes.
 
@@ -139,9 +143,9 @@ class Reducer:
             self._rounds += 1
             prefix = [self._units[i] for i in range(self._rounds * width)]
             self.estimate = summarize(prefix, self.plan.layers)
-            self.finished = (
-                bool(self.estimate.converged(self.plan.rtol).all())
-                or self._rounds * width >= self.plan.num_units
+            freedom = width * (self.estimate.num_probes - 1)
+            self.finished = self._rounds * width >= self.plan.num_units or (
+                freedom >= _MIN_FREEDOM and bool(self.estimate.converged(self.plan.rtol).all())
             )
 
     @property

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from hawq.quantizers import best_scales, codes, quantize
-from hawq.space import evaluating, quantizable_layers
+from hawq.space import evaluating, sharing_layers
 
 __all__ = ["ActivationQuantizer", "WeightQuantizer", "attach", "calibrate", "detach"]
 
@@ -41,8 +42,7 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight's quantized values, same shape."""
-        low, high = codes(self.bits)
-        result: Tensor = _LearnedStep.apply(weight, self.scale, low, high, self.bits == 1)
+        result: Tensor = _LearnedStep.apply(weight, self.scale, self.bits, True)
         return result
 
 
@@ -56,6 +56,7 @@ class ActivationQuantizer(nn.Module):
     scale: nn.Parameter
     calibrated: Tensor
     signed: Tensor
+    hook: RemovableHandle
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -68,9 +69,7 @@ class ActivationQuantizer(nn.Module):
         """Return the tensor's quantized values, same shape."""
         if not self.calibrated:
             return x
-        signed = bool(self.signed)
-        low, high = codes(self.bits, signed=signed)
-        result: Tensor = _LearnedStep.apply(x, self.scale, low, high, signed and self.bits == 1)
+        result: Tensor = _LearnedStep.apply(x, self.scale, self.bits, bool(self.signed))
         return result
 
     def calibrate(self, values: Tensor) -> None:
@@ -86,31 +85,26 @@ class _LearnedStep(torch.autograd.Function):
     """Fake quantization with LSQ's gradient for the scale, in one node of the graph."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, binary: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
         scale = scale.clamp_min(1e-12)
         ctx.save_for_backward(x, scale)
-        ctx.codes = (low, high, binary)
-        if binary:
-            return quantize(x, scale, 1)
-        return x.div(scale).round_().clamp_(low, high).mul_(scale)
+        ctx.bits, ctx.signed = bits, signed
+        return quantize(x, scale, bits, signed=signed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        low, high, binary = ctx.codes
+        low, high = codes(ctx.bits, signed=ctx.signed)
         ratio = x / scale
         inside = (ratio >= low) & (ratio <= high)
-        if binary:
+        if ctx.signed and ctx.bits == 1:
             slope = torch.where(x < 0, -1.0, 1.0)
         else:
             slope = torch.clamp(ratio.round(), low, high)
             slope = torch.where(inside, slope - ratio, slope)
-        slope.mul_(grad)
         per_scale = x.numel() // scale.numel()
-        grad_scale = _sum_to(slope, scale.shape) / (per_scale * high) ** 0.5
-        return grad * inside, grad_scale, None, None, None
+        grad_scale = (slope * grad).sum_to_size(scale.shape) / (per_scale * high) ** 0.5
+        return grad * inside, grad_scale, None, None
 
 
 def attach(
@@ -133,25 +127,31 @@ def attach(
             Needed when activations are quantized.
 
     Raises:
-        ValueError: If a name is not a quantizable layer, or ``example`` is needed and missing.
+        ValueError: If a name is not a quantizable layer, the network is quantized already, or
+            ``example`` is needed and missing.
     """
-    layers = quantizable_layers(model)
+    layers = sharing_layers(model)
     unknown = sorted(set(weight_bits) - set(layers))
     if unknown:
         raise ValueError(f"weight_bits must name quantizable layers, got {unknown[:5]}")
+    if any(isinstance(module, WeightQuantizer) for module in model.modules()):
+        raise ValueError("the network must be detached before it is quantized again")
     if activation_bits is not None:
         if example is None:
             raise ValueError("example must be given to quantize activations, got None")
-        first = _layers_at_the_input(model, {name: layers[name] for name in weight_bits}, example)
-        for name in weight_bits:
-            quantizer = ActivationQuantizer(input_bits if name in first else activation_bits)
-            layers[name].add_module("input_quantizer", quantizer)
-            handle = layers[name].register_forward_pre_hook(_quantize_input)
-            layers[name].input_quantizer_handle = handle  # type: ignore[assignment]
+        chosen = [layer for name in weight_bits for layer in layers[name]]
+        first = _layers_at_the_input(model, chosen, example)
+        for layer in chosen:
+            quantizer = ActivationQuantizer(input_bits if layer in first else activation_bits)
+            quantizer.to(example.device)
+            quantizer.hook = layer.register_forward_pre_hook(_quantize_input)
+            layer.add_module("input_quantizer", quantizer)
     for name, bits in weight_bits.items():
-        weight = layers[name].weight
+        weight = layers[name][0].weight
         assert isinstance(weight, Tensor)
-        parametrize.register_parametrization(layers[name], "weight", WeightQuantizer(weight, bits))
+        shared = WeightQuantizer(weight, bits)
+        for layer in layers[name]:
+            parametrize.register_parametrization(layer, "weight", shared)
 
 
 def calibrate(model: nn.Module, inputs: Iterable[Tensor]) -> None:
@@ -165,8 +165,12 @@ def calibrate(model: nn.Module, inputs: Iterable[Tensor]) -> None:
     def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, ActivationQuantizer)
         values = args[0].detach().flatten()
-        stride = max(1, len(values) // _CALIBRATION_VALUES)
-        samples[module].append(values[::stride].float())
+        if len(values) > _CALIBRATION_VALUES:
+            # At random: a fixed stride would meet the same few columns of every image.
+            generator = torch.Generator().manual_seed(0)
+            picks = torch.randint(len(values), (_CALIBRATION_VALUES,), generator=generator)
+            values = values[picks.to(values.device)]
+        samples[module].append(values.float())
 
     for quantizer in quantizers:
         quantizer.calibrated.fill_(False)
@@ -185,12 +189,18 @@ def calibrate(model: nn.Module, inputs: Iterable[Tensor]) -> None:
 
 def detach(model: nn.Module) -> None:
     """Remove every quantizer; weights are again the ones that training moved, bit for bit."""
-    for layer in quantizable_layers(model).values():
+    for layer in [layer for sharers in sharing_layers(model).values() for layer in sharers]:
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        if "input_quantizer" in layer._modules:
-            layer.input_quantizer_handle.remove()  # type: ignore[operator, union-attr]
-            del layer.input_quantizer, layer.input_quantizer_handle
+            # It came back behind the bias; optimizers go by the order of parameters.
+            bias = layer.bias
+            assert bias is None or isinstance(bias, nn.Parameter)
+            del layer.bias
+            layer.register_parameter("bias", bias)
+        quantizer = getattr(layer, "input_quantizer", None)
+        if isinstance(quantizer, ActivationQuantizer):
+            quantizer.hook.remove()
+            del layer.input_quantizer
 
 
 def _quantize_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -200,16 +210,15 @@ def _quantize_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def _layers_at_the_input(
-    model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor
-) -> set[str]:
+    model: nn.Module, layers: Iterable[nn.Module], example: Tensor
+) -> set[nn.Module]:
     found = set()
-    names = {id(layer): name for name, layer in layers.items()}
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args[0] is example:
-            found.add(names[id(module)])
+            found.add(module)
 
-    handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
     try:
         with torch.no_grad(), evaluating(model):
             model(example)
@@ -217,9 +226,3 @@ def _layers_at_the_input(
         for handle in handles:
             handle.remove()
     return found
-
-
-def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    if not shape:
-        return x.sum()
-    return x.flatten(1).sum(1).view(shape) if len(shape) > 1 else x.sum()

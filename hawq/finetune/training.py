@@ -7,7 +7,7 @@ same bits as an undisturbed one.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hawq.curvature.probes import probe_seed
+from hawq.finetune.quantized import ActivationQuantizer, WeightQuantizer
+from hawq.space import evaluating
 from hawq.task import Task, moved
 
 __all__ = ["DivergedError", "Recipe", "evaluate", "make_optimizer", "train_epoch"]
@@ -67,14 +69,14 @@ class Recipe:
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     """Make the recipe's optimizer: decayed weights, plain vectors, and quantization scales."""
-    scales, weights, vectors = [], [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.endswith(".scale"):
-            scales.append(parameter)
-        else:
-            (weights if parameter.ndim > 1 else vectors).append(parameter)
+    quantizers = [
+        m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)
+    ]
+    scales = [quantizer.scale for quantizer in quantizers]
+    is_scale = {id(scale) for scale in scales}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_scale]
+    weights = [p for p in others if p.ndim > 1]
+    vectors = [p for p in others if p.ndim <= 1]
     groups = [
         {"params": weights, "weight_decay": recipe.weight_decay, "factor": 1.0},
         {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
@@ -84,7 +86,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         [group for group in groups if group["params"]],
         lr=recipe.lr,
         momentum=recipe.momentum,
-        nesterov=True,
+        nesterov=recipe.momentum > 0,
     )
 
 
@@ -122,26 +124,27 @@ def train_epoch(
     device = next(model.parameters()).device
     _train_mode(model, freeze=epoch >= recipe.freeze_batch_norm * recipe.epochs)
     total = 0.0
-    for step in range(steps):
-        indices = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        batch = moved(task.augment(task.batch("train", indices), generator), device)
-        rate = recipe.rate((epoch * steps + step) / (recipe.epochs * steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        with _precision(recipe, device):
-            loss = task.losses(model, batch).float().mean()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"the training loss must be finite, got {value} in epoch {epoch + 1}, step "
-                f"{step + 1}: lower lr (now {recipe.lr:g})"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        total += value
-        if on_step is not None:
-            on_step(step + 1, steps)
+    with _own_randomness(probe_seed(seed, epoch, 1), device):
+        for step in range(steps):
+            indices = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            batch = moved(task.augment(task.batch("train", indices), generator), device)
+            rate = recipe.rate((epoch * steps + step) / (recipe.epochs * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            with _precision(recipe, device):
+                loss = task.losses(model, batch).float().mean()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"the training loss must be finite, got {value} in epoch {epoch + 1}, step "
+                    f"{step + 1}: lower lr (now {recipe.lr:g})"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            total += value
+            if on_step is not None:
+                on_step(step + 1, steps)
     return total / steps
 
 
@@ -149,11 +152,11 @@ def train_epoch(
 def evaluate(model: nn.Module, task: Task, split: str, *, batch_size: int = 256) -> Tensor:
     """Score every example of a split, shape (N,), float32, in full precision and eval mode."""
     device = next(model.parameters()).device
-    model.eval()
     scores = []
-    for indices in torch.arange(task.size(split)).split(batch_size):
-        batch = moved(task.batch(split, indices), device)
-        scores.append(task.scores(model, batch).float().cpu())
+    with evaluating(model):
+        for indices in torch.split(torch.arange(task.size(split)), batch_size):
+            batch = moved(task.batch(split, indices), device)
+            scores.append(task.scores(model, batch).float().cpu())
     return torch.cat(scores)
 
 
@@ -168,6 +171,14 @@ def _train_mode(model: nn.Module, *, freeze: bool) -> None:
     if freeze:
         for module in batch_norms(model):
             module.eval()
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed what the network draws itself (dropout), and leave the caller's generators alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:

@@ -1,0 +1,222 @@
+"""The search from end to end: a list of stages, each skipped when its artefact is there.
+
+    model → curvature → tables → candidates → trials → test → report
+
+Read ``STAGES`` and ``run``, then any stage of ``search.stages`` alone.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+
+from hawq.curvature import NonFiniteTraceError
+from hawq.finetune import DivergedError
+from hawq.space import Space, weight_space
+from search.artefacts import (
+    CandidatesArtefact,
+    CurvatureArtefact,
+    ModelArtefact,
+    StageCost,
+    Summary,
+    TablesArtefact,
+    TestArtefact,
+    TrialsArtefact,
+)
+from search.cluster import connected, refuse_unreachable
+from search.config import Budget, SearchConfig
+from search.errors import InputError
+from search.events import EventLog, Listener
+from search.machine import machine, versions
+from search.report import render
+from search.run import RunFolder, write_atomically
+from search.stages import Search
+from search.tasks.build import build_task
+from search.tasks.checkpoint import load_weights
+
+__all__ = ["STAGES", "Stage", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the pipeline.
+
+    Attributes:
+        name: Of the stage and its artefact.
+        artefact: What it makes.
+        inputs: What the artefact depends on, as plain data; under ``"config"`` what the user set.
+        make: Makes the artefact.
+        uses_ray: Whether making it needs a cluster.
+    """
+
+    name: str
+    artefact: type[BaseModel]
+    inputs: Callable[[Search], dict[str, Any]]
+    make: Callable[[Search], BaseModel]
+    uses_ray: bool = False
+
+
+STAGES = (
+    Stage("model", ModelArtefact, Search.model_inputs, Search.make_model, uses_ray=True),
+    Stage("curvature", CurvatureArtefact, Search.curvature_inputs, Search.make_curvature, True),
+    Stage("tables", TablesArtefact, Search.tables_inputs, Search.make_tables),
+    Stage("candidates", CandidatesArtefact, Search.candidates_inputs, Search.make_candidates),
+    Stage("trials", TrialsArtefact, Search.trials_inputs, Search.make_trials, uses_ray=True),
+    Stage("test", TestArtefact, Search.test_inputs, Search.make_test, uses_ray=True),
+)
+
+
+def run(
+    config: SearchConfig,
+    out: Path,
+    *,
+    name: str = "search",
+    force: bool = False,
+    listeners: Iterable[Listener] = (),
+) -> Summary:
+    """Run a search, or the rest of one.
+
+    Args:
+        config: What to search.
+        out: The run's folder; finished stages in it are skipped.
+        name: For the report's title.
+        force: Run again the stages that a changed config invalidates, instead of refusing.
+        listeners: Called with every event.
+
+    Returns:
+        The whole run as data; ``summary.json`` and ``report.html`` are in the folder.
+
+    Raises:
+        InputError: If something that was given is wrong; nothing is half-written then.
+    """
+    folder = RunFolder(out)
+    search = _prepare(config, folder, EventLog(out / "events.jsonl", listeners))
+    if not force:
+        _refuse_changes(search)
+    with ExitStack() as stack:
+        stack.enter_context(folder.locked())
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(out / "config.yaml", resolved)
+        connection_open = False
+        for stage in STAGES:
+            inputs = stage.inputs(search)
+            if folder.inputs(stage.name) == inputs:
+                search.events.emit(stage.name, "skipped", "already there")
+                continue
+            if stage.uses_ray and not connection_open:
+                url = stack.enter_context(
+                    connected(config.ray.address, dashboard=config.ray.dashboard)
+                )
+                search.events.emit("run", "note", f"Ray dashboard: {url}" if url else "Ray is up")
+                connection_open = True
+            _make(search, stage, inputs)
+        return _report(search, name)
+
+
+def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Search:
+    """Build what the stages need, and find mistakes before anything is written."""
+    refuse_unreachable(config.ray.address)
+    task = build_task(config.task, config.seed)
+    model = task.model()
+    checkpoint = None
+    if config.task.checkpoint is not None:
+        load_weights(model, Path(config.task.checkpoint))
+        checkpoint = model.state_dict()
+    example = task.inputs(task.batch("train", torch.arange(1)))
+    try:
+        space = weight_space(model, example, config.weights.bits).pinned(config.weights.pin)
+    except ValueError as error:
+        raise InputError(f"weights: {error}") from error
+    if task.size("train") <= config.curvature.batch_size:
+        raise InputError(
+            "curvature.batch_size: must be less than the training examples, "
+            f"got {config.curvature.batch_size} and {task.size('train')}"
+        )
+    for index, budget in enumerate(config.budgets):
+        _refuse_infeasible(space, budget, f"budgets.{index}")
+    return Search(config, task, space, checkpoint, folder, events)
+
+
+def _refuse_infeasible(space: Space, budget: Budget, path: str) -> None:
+    limit = budget.limit_bits(space)
+    sizes = [group.num_elements for group in space.groups]
+    least = sum(n * group.menu[0] for n, group in zip(sizes, space.groups, strict=True))
+    most = sum(n * group.menu[-1] for n, group in zip(sizes, space.groups, strict=True))
+    if not least <= limit <= most:
+        ends = (budget.with_size(space, bits) for bits in (least, most))
+        raise InputError(
+            f"{path}: a budget must be within {' … '.join(ends)} (all layers at their least … at "
+            f"their most bits), got {budget.label}"
+        )
+
+
+def _refuse_changes(search: Search) -> None:
+    """Refuse a config that would throw finished work away."""
+    for stage in STAGES:
+        if not search.folder.artefact(stage.name).exists():
+            return
+        try:
+            inputs = stage.inputs(search)
+        except InputError:  # an earlier artefact is missing: the stage will run again anyway
+            return
+        changes = search.folder.changes(stage.name, inputs["config"])
+        if changes:
+            raise InputError(
+                f"{search.folder.path}: stage {stage.name!r} was made with another config: "
+                f"{'; '.join(changes)}. Give another --out, or --force to run it and what "
+                "follows again"
+            )
+
+
+def _make(search: Search, stage: Stage, inputs: dict[str, Any]) -> None:
+    search.events.emit(stage.name, "started")
+    started, cpu_started = time.monotonic(), time.process_time()
+    search.worker_cpu_seconds = 0.0
+    try:
+        result = stage.make(search)
+    except (NonFiniteTraceError, DivergedError, InputError) as error:
+        # A worker's exception carries its remote traceback; its cause carries the sentence.
+        reason = str(getattr(error, "cause", error))
+        search.events.emit(stage.name, "failed", reason)
+        raise InputError(f"stage {stage.name!r}: {reason}") from error
+    cost = StageCost(
+        stage=stage.name,
+        seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - cpu_started + search.worker_cpu_seconds,
+    )
+    search.folder.save(stage.name, inputs, result, cost)
+    search.events.emit(stage.name, "finished", f"{cost.seconds:.1f} s")
+
+
+def _report(search: Search, name: str) -> Summary:
+    """Write the summary and the page that shows it."""
+    folder = search.folder
+    loaded = {stage.name: folder.load(stage.name, stage.artefact) for stage in STAGES}
+    document = {
+        "name": name,
+        "seed": search.config.seed,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "config": search.config.model_dump(mode="json"),
+        **{stage: result.model_dump(mode="json") for stage, (result, _) in loaded.items()},
+        "stages": [cost.model_dump() for _, cost in loaded.values()],
+    }
+    summary = Summary.model_validate(document)
+    path = folder.path / "summary.json"
+    if path.exists():
+        old = Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        if old.model_copy(update={"finished": summary.finished}) == summary:
+            summary = old
+    write_atomically(path, summary.model_dump_json(indent=1))
+    write_atomically(folder.path / "report.html", render(summary))
+    search.events.emit("report", "finished", str(folder.path / "report.html"))
+    return summary

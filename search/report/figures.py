@@ -1,0 +1,365 @@
+"""The report's figures.
+
+Plotly reads a small HTML in every label, so names are escaped on their way in. What an axis
+cannot show, such as a negative trace on a logarithm, is drawn at its foot and said to be there.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+from search.artefacts import CurvatureArtefact, FrontPoints, Score, Summary
+from search.report.palette import Look, looks
+from search.report.quantities import mib, percent, plus_minus, points, significant
+from search.report.results import BudgetResults, Result, methods, results_by_budget
+
+__all__ = ["MAX_FRONT_POINTS", "accuracy_by_size", "fronts", "traces", "training_curves"]
+
+MAX_FRONT_POINTS = 1000
+_INK, _GRID, _FAINT, _WARNING = "#1f2933", "#e6e9ee", "#66727f", "#b42318"
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+_LABEL = {"size": 12, "color": _FAINT}
+
+
+def accuracy_by_size(summary: Summary) -> go.Figure:
+    """Draw test score against size, a trace for each method, over the unquantized network's."""
+    figure = _figure("Weights (MiB)", f"Test {escape(summary.model.score_name)} (%)")
+    groups, full = results_by_budget(summary), summary.test.unquantized
+    shown = [r.test for group in groups for r in group.results if r.test]
+    reach = [s.score + sign * s.standard_error for s in [*shown, full] for sign in (-1, 1)]
+    _draw_unquantized(figure, full)
+    order = methods(summary)
+    for method, look in looks(order).items():
+        results = [r for g in groups for r in g.results if r.candidate.method == method]
+        pairs = [(r, r.test) for r in results if r.test]
+        if pairs:
+            figure.add_trace(_scored(pairs, look, after=order[order.index(method) + 1 :]))
+    _mark_budgets(figure, groups)
+    margin = 0.12 * (max(reach) - min(reach)) + 0.002
+    figure.update_yaxes(range=[100 * (min(reach) - margin), 100 * (max(reach) + 1.7 * margin)])
+    sizes = [mib(r.candidate.weight_bits) for group in groups for r in group.results]
+    figure.update_xaxes(range=_padded([*sizes, *(mib(g.budget.limit_bits) for g in groups)]))
+    return figure
+
+
+def fronts(summary: Summary) -> go.Figure:
+    """Draw what each method could offer: Ω against size, with what it chose marked."""
+    figure = _figure("Weights (MiB)", "Sensitivity Ω of the whole network")
+    groups = results_by_budget(summary)
+    offered = {front.method: front for front in summary.candidates.fronts}
+    order = methods(summary)
+    for method, look in looks(order).items():
+        chosen = [r for g in groups for r in g.results if r.candidate.method == method]
+        if method in offered:
+            figure.add_trace(_front(offered[method], look))
+        if chosen:
+            figure.add_trace(_chosen(chosen, look, after=order[order.index(method) + 1 :]))
+    _mark_budgets(figure, groups)
+    shown = [omega for trace in figure.data for omega in trace.y if omega] or [1.0]
+    _make_logarithmic(figure, min(shown) / 1.5, 1.5 * max(shown))
+    return figure
+
+
+def traces(curvature: CurvatureArtefact) -> go.Figure:
+    """Draw each layer's average trace: thick bars probe error, thin bars probes and data."""
+    figure = _figure("Layer, in the network's order", "Average Hessian trace (loss / weight²)")
+    figure.update_layout(height=520, showlegend=True)
+    averages = _averages(curvature)
+    figure.add_trace(_bars("probes and data", averages, averages.both, 1.5, "#6aa3d0"))
+    figure.add_trace(_bars("probes alone", averages, averages.probe, 5, "#4d8fc4"))
+    for is_shown, marker in (
+        (True, {"color": "#0b3d6e", "size": 12, "symbol": "line-ew-open", "line": {"width": 2}}),
+        (False, {"color": _WARNING, "size": 11, "symbol": "triangle-down-open"}),
+    ):
+        kept = [i for i, value in enumerate(averages.mean) if (value > 0) is is_shown]
+        if kept:
+            figure.add_scatter(
+                name="average trace" if is_shown else "zero or negative: below this axis",
+                x=[averages.layers[i] for i in kept],
+                y=[averages.mean[i] if is_shown else averages.floor for i in kept],
+                mode="markers",
+                marker=marker,
+                cliponaxis=is_shown,
+                text=[averages.words[i] for i in kept],
+                hovertemplate="%{x}<br>%{text}<extra></extra>",
+            )
+    top = max([m + e for m, e in zip(averages.mean, averages.both, strict=True)])
+    top = max(top, 10 * averages.floor)
+    _make_logarithmic(figure, averages.floor / 1.25, 1.4 * top)
+    figure.update_xaxes(
+        type="category",
+        categoryarray=averages.layers,
+        range=[-0.6, len(averages.layers) - 0.4],
+        tickangle=-90,
+        dtick=1,
+        title_standoff=8,
+    )
+    return figure
+
+
+def training_curves(summary: Summary) -> dict[str, go.Figure]:
+    """Draw the search score of every trial by epoch, one figure a budget on one scale."""
+    groups, look = results_by_budget(summary), looks(methods(summary))
+    epochs = [epoch for trial in summary.trials.trials for epoch in trial.epochs]
+    reach = [100 * epoch.search_score for epoch in epochs] + [100 * summary.model.search_score]
+    last = max([epoch.epoch for epoch in epochs], default=1)
+    drawn = {}
+    for group in groups:
+        figure = _figure("Epoch", f"Search-split {escape(summary.model.score_name)} (%)")
+        figure.add_hline(
+            y=100 * summary.model.search_score,
+            line={"color": _FAINT, "width": 1, "dash": "dot"},
+            annotation={"text": "unquantized", "font": _LABEL},
+            annotation_position="top left",
+        )
+        seen: set[str] = set()
+        for result in group.results:
+            if result.trial and result.trial.epochs and result.trial.digest not in seen:
+                figure.add_trace(_curve(result, look[result.candidate.method]))
+            seen.add(result.candidate.digest)
+        margin = 0.08 * (max(reach) - min(reach)) + 0.2
+        figure.update_yaxes(range=[min(reach) - margin, max(reach) + 1.5 * margin])
+        figure.update_xaxes(range=[-0.03 * last - 0.1, 1.03 * last + 0.1], tickformat="d")
+        figure.update_xaxes(nticks=min(last + 1, 10))
+        figure.update_layout(height=340)
+        drawn[group.budget.label] = figure
+    return drawn
+
+
+def _figure(x: str, y: str) -> go.Figure:
+    """Make an empty figure with titled axes in the report's style."""
+    axis: dict[str, Any] = {
+        "gridcolor": _GRID,
+        "linecolor": "#b8c0ca",
+        "ticks": "outside",
+        "tickcolor": "#b8c0ca",
+        "zeroline": False,
+        "showline": True,
+        "automargin": True,
+    }
+    return go.Figure(
+        layout={
+            "template": None,
+            "height": 440,
+            "font": {"family": _FONT, "size": 13, "color": _INK},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "margin": {"l": 60, "r": 16, "t": 16, "b": 48},
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "y": 1.02,
+                "yanchor": "bottom",
+                "tracegroupgap": 0,
+            },
+            # The page has the legend of methods; a trace names its method in ``meta``.
+            "showlegend": False,
+            "hovermode": "closest",
+            # A finger that scrolls the page must not zoom a figure; the buttons still do.
+            "dragmode": False,
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#b8c0ca", "activecolor": _INK},
+            "xaxis": axis | {"title": {"text": x}},
+            "yaxis": axis | {"title": {"text": y}},
+        }
+    )
+
+
+def _make_logarithmic(figure: go.Figure, low: float, high: float) -> None:
+    # Within a few decades plotly labels 2 and 5 in between; over more they only crowd.
+    step = 1 if high > 100 * low else None
+    decades = [math.log10(low), math.log10(high)]
+    figure.update_yaxes(type="log", exponentformat="power", range=decades, dtick=step)
+
+
+def _draw_unquantized(figure: go.Figure, full: Score) -> None:
+    low, high = full.score - full.standard_error, full.score + full.standard_error
+    figure.add_hrect(
+        y0=100 * low, y1=100 * high, fillcolor=_FAINT, opacity=0.15, line_width=0, layer="below"
+    )
+    figure.add_hline(
+        y=100 * full.score,
+        line={"color": _FAINT, "width": 1.5},
+        layer="below",
+        annotation={
+            "text": f"unquantized {plus_minus(percent(full.score), full.standard_error)} %",
+            "font": _LABEL,
+        },
+        annotation_position="top left",
+    )
+
+
+def _scored(pairs: list[tuple[Result, Score]], look: Look, after: Sequence[str]) -> go.Scatter:
+    return go.Scatter(
+        meta=pairs[0][0].candidate.method,
+        x=[mib(result.candidate.weight_bits) for result, _ in pairs],
+        y=[100 * score.score for _, score in pairs],
+        error_y={
+            "array": [100 * score.standard_error for _, score in pairs],
+            "width": 4,
+            "thickness": 1.2,
+        },
+        mode="lines+markers",
+        line={"color": look.color, "width": 1, "dash": "dot"},
+        marker={
+            "color": look.color,
+            "symbol": look.symbol,
+            "size": _rings([result for result, _ in pairs], after),
+            "opacity": 1,
+            "line": {"color": "white", "width": 1},
+        },
+        text=[escape(f"{result.names}, {result.candidate.budget}") for result, _ in pairs],
+        customdata=[
+            [
+                percent(score.standard_error),
+                plus_minus(points(score.drop), score.drop_standard_error),
+            ]
+            for _, score in pairs
+        ],
+        hovertemplate="%{text}<br>%{x:.3~g} MiB<br>%{y:.2f} ± %{customdata[0]} %"
+        "<br>drop %{customdata[1]} points<extra></extra>",
+    )
+
+
+def _rings(results: Sequence[Result], after: Sequence[str]) -> list[int]:
+    """Size the markers of a method so that it stays visible around those drawn after it."""
+    return [10 + 7 * sum(twin in after for twin in result.twins) for result in results]
+
+
+def _front(front: FrontPoints, look: Look) -> go.Scatter:
+    step = max(1, math.ceil(len(front.weight_bits) / MAX_FRONT_POINTS))
+    # Counted from the end, so that thinning keeps the least Ω; zero has no place on a logarithm.
+    kept = [
+        (size, omega)
+        for size, omega in list(zip(front.weight_bits, front.sensitivity, strict=True))[::-step]
+        if omega > 0
+    ][::-1]
+    return go.Scatter(
+        meta=front.method,
+        x=[mib(size) for size, _ in kept],
+        y=[omega for _, omega in kept],
+        mode="lines",
+        # Between two points, the smaller one is the best that fits.
+        line={"color": look.color, "width": 1.6, "dash": look.dash, "shape": "hv"},
+        text=[escape(front.method)] * len(kept),
+        hovertemplate="%{text}<br>%{x:.3~g} MiB<br>Ω %{y:.3~g}<extra></extra>",
+    )
+
+
+def _chosen(results: list[Result], look: Look, after: Sequence[str]) -> go.Scatter:
+    drawn = [result for result in results if result.candidate.sensitivity > 0]
+    return go.Scatter(
+        meta=results[0].candidate.method,
+        x=[mib(result.candidate.weight_bits) for result in drawn],
+        y=[result.candidate.sensitivity for result in drawn],
+        mode="markers",
+        marker={
+            "color": look.color,
+            "symbol": look.symbol,
+            "size": _rings(drawn, after),
+            "opacity": 1,
+            "line": {"color": "white", "width": 1},
+        },
+        text=[escape(f"{result.names}, {result.candidate.budget}") for result in drawn],
+        hovertemplate="%{text}<br>%{x:.3~g} MiB<br>Ω %{y:.3~g}<extra></extra>",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Averages:
+    """Traces over numbers of weights, with where a logarithmic axis for them must end."""
+
+    layers: list[str]
+    mean: list[float]
+    probe: list[float]
+    both: list[float]
+    words: list[str]
+    floor: float
+
+
+def _averages(curvature: CurvatureArtefact) -> _Averages:
+    def over(values: Sequence[float]) -> list[float]:
+        return [value / n for value, n in zip(values, curvature.num_elements, strict=True)]
+
+    mean, probe, data = map(over, (curvature.trace, curvature.probe_error, curvature.data_error))
+    positive = [value for value in mean if value > 0]
+    size = max([abs(value) for value in mean]) or 1.0
+    return _Averages(
+        layers=[escape(name) for name in curvature.layers],
+        mean=mean,
+        probe=probe,
+        both=[math.hypot(p, d) for p, d in zip(probe, data, strict=True)],
+        words=[
+            f"average trace {significant(m)}<br>probe error {significant(p)}"
+            f"<br>data error {significant(d)}"
+            for m, p, d in zip(mean, probe, data, strict=True)
+        ],
+        floor=min(positive) / 3 if positive else size / 100,
+    )
+
+
+def _bars(
+    name: str, averages: _Averages, errors: list[float], width: float, color: str
+) -> go.Scatter:
+    """Draw error bars as lines, cut below the axis, where they may go on to minus infinity."""
+    x: list[str | None] = []
+    y: list[float | None] = []
+    for layer, value, error in zip(averages.layers, averages.mean, errors, strict=True):
+        if value + error > averages.floor:
+            x += [layer, layer, None]
+            y += [max(value - error, averages.floor / 2), value + error, None]
+    return go.Scatter(
+        name=f"± one standard error: {name}",
+        x=x,
+        y=y,
+        mode="lines",
+        line={"color": color, "width": width},
+        hoverinfo="skip",
+    )
+
+
+def _curve(result: Result, look: Look) -> go.Scatter:
+    trial = result.trial
+    assert trial is not None
+    # The last marker of a trial that did not finish is a cross.
+    is_end = [trial.status != "finished" and e is trial.epochs[-1] for e in trial.epochs]
+    return go.Scatter(
+        meta=result.candidate.method,
+        x=[epoch.epoch for epoch in trial.epochs],
+        y=[100 * epoch.search_score for epoch in trial.epochs],
+        mode="lines+markers",
+        line={"color": look.color, "width": 1.8, "dash": look.dash},
+        marker={
+            "color": look.color,
+            "size": [13 if end else 6 for end in is_end],
+            "symbol": ["x-thin" if end else look.symbol for end in is_end],
+            "line": {"color": look.color, "width": [2.5 if end else 0 for end in is_end]},
+        },
+        text=[escape(f"{result.names}, {trial.status}")] * len(trial.epochs),
+        hovertemplate="%{text}<br>epoch %{x}<br>%{y:.2f} %<extra></extra>",
+    )
+
+
+def _mark_budgets(figure: go.Figure, groups: Sequence[BudgetResults]) -> None:
+    for group in groups:
+        figure.add_vline(
+            x=mib(group.budget.limit_bits),
+            line={"color": "#9aa5b1", "width": 1, "dash": "dash"},
+            layer="below",
+            annotation={
+                "text": escape(group.budget.label),
+                "font": _LABEL,
+                "textangle": -90,
+                "xshift": -2,
+            },
+            annotation_position="bottom left",
+        )
+
+
+def _padded(values: Sequence[float]) -> list[float]:
+    low, high = min(values), max(values)
+    margin = 0.1 * (high - low) or 0.1 * high
+    return [low - margin, high + margin]

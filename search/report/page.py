@@ -1,0 +1,84 @@
+"""The page: what to say in which order, filled into ``page.html``."""
+
+from importlib.resources import files
+
+import plotly.graph_objects as go
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from search.artefacts import Summary
+from search.report import quantities
+from search.report.bits_map import bits_map
+from search.report.figures import (
+    MAX_FRONT_POINTS,
+    accuracy_by_size,
+    fronts,
+    traces,
+    training_curves,
+)
+from search.report.findings import caveats, searched, verdicts
+from search.report.palette import looks
+from search.report.results import methods, results_by_budget
+
+__all__ = ["render"]
+
+
+def render(summary: Summary) -> str:
+    """Write the report of a run as one HTML page.
+
+    The page holds its figures and plotly.js once, loads nothing, and depends on the summary
+    alone: equal summaries give equal pages.
+
+    Returns:
+        HTML to be written as UTF-8.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {name: getattr(quantities, name) for name in quantities.__all__}
+    template = files("search.report").joinpath("page.html").read_text(encoding="utf-8")
+    curves = training_curves(summary)
+    return environment.from_string(template).render(
+        plotlyjs=Markup(get_plotlyjs()),
+        summary=summary,
+        searched=searched(summary),
+        verdicts=verdicts(summary),
+        caveats=caveats(summary),
+        groups=results_by_budget(summary),
+        looks=looks(methods(summary)),
+        has_evaluations=any(c.evaluations > 1 for c in summary.candidates.candidates),
+        map=bits_map(summary),
+        figures=_script(
+            {
+                "accuracy-figure": accuracy_by_size(summary),
+                "fronts-figure": fronts(summary),
+                "traces-figure": traces(summary.curvature),
+                **{f"curve-figure-{i}": figure for i, figure in enumerate(curves.values())},
+            }
+        ),
+        curves=list(curves),
+        hidden=_hidden_points(summary),
+        is_thinned=any(
+            len(front.weight_bits) > MAX_FRONT_POINTS for front in summary.candidates.fronts
+        ),
+        max_front_points=MAX_FRONT_POINTS,
+        config=yaml.safe_dump(
+            summary.model_dump(mode="json")["config"], sort_keys=False, allow_unicode=True
+        ),
+    )
+
+
+def _script(figures: dict[str, go.Figure]) -> Markup:
+    """Write the figures as JSON that no name in them can break out of, by their element's id."""
+    drawings = ", ".join(f'"{name}": {figure.to_json()}' for name, figure in figures.items())
+    return Markup(f"{{{drawings}}}".replace("&", "\\u0026").replace("<", "\\u003c"))
+
+
+def _hidden_points(summary: Summary) -> int:
+    """Count the points of the fronts whose Ω is zero, which a logarithm cannot show."""
+    candidates = summary.candidates
+    offered = [omega for front in candidates.fronts for omega in front.sensitivity]
+    chosen = [candidate.sensitivity for candidate in candidates.candidates]
+    return sum(omega <= 0 for omega in [*offered, *chosen])

@@ -1,0 +1,178 @@
+"""What a person sees while a search runs: bars in a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from hawq.cost import FLOAT_BITS, mib
+from search.artefacts import Score, Summary
+from search.events import Event
+
+__all__ = ["LiveView", "result_table"]
+
+_PLAIN_SECONDS = 5.0
+
+
+class LiveView:
+    """A listener that shows events; use it as a context manager.
+
+    Args:
+        console: Where to show them.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: dict[str, TaskID] = {}
+        self._first: dict[str, tuple[float, float]] = {}
+        self._last_line: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("{task.fields[mark]} {task.description:<11}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[count]:>16}"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[message]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "LiveView":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if event.kind in {"note", "warning"}:
+            style = "yellow" if event.kind == "warning" else "dim"
+            self._console.print(Text(f"  {event.stage}: {event.message}", style))
+        elif self._console.is_terminal:
+            self._bar(event)
+        else:
+            self._line(event)
+
+    def _bar(self, event: Event) -> None:
+        if event.stage not in self._bars:
+            self._bars[event.stage] = self._progress.add_task(
+                event.stage, total=None, mark=" ", count="", message="", pace=""
+            )
+        bar = self._bars[event.stage]
+        if event.kind == "progress":
+            assert event.done is not None and event.total is not None
+            count = f"{event.done:.4g}/{event.total:g} {event.unit}"
+            self._progress.update(
+                bar,
+                completed=event.done,
+                total=event.total,
+                count=count,
+                message=event.message,
+                pace=self._pace(event),
+            )
+        elif event.kind in {"finished", "skipped", "failed"}:
+            mark = "[red]✗" if event.kind == "failed" else "[green]✓"
+            self._progress.update(
+                bar, total=1, completed=1, mark=mark, message=event.message, count="", pace=""
+            )
+            self._progress.stop_task(bar)
+
+    def _line(self, event: Event) -> None:
+        if event.kind == "progress":
+            if event.time - self._last_line.get(event.stage, 0.0) < _PLAIN_SECONDS:
+                return
+            self._last_line[event.stage] = event.time
+            text = f"{event.done:.4g}/{event.total:g} {event.unit} {self._pace(event)}"
+            parts = [event.stage, text, event.message]
+        else:
+            parts = [event.stage, event.kind, event.message]
+        clock = time.strftime("%H:%M:%S", time.localtime(event.time))
+        self._console.print(Text(f"{clock} {'  '.join(p for p in parts if p)}"), soft_wrap=True)
+
+    def _pace(self, event: Event) -> str:
+        """Return rate and time left, measured since this process first saw the stage move."""
+        assert event.done is not None and event.total is not None
+        since, start = self._first.setdefault(event.stage, (event.time, event.done))
+        seconds, gained = event.time - since, event.done - start
+        if gained <= 0 or seconds <= 0:
+            return ""
+        left = (event.total - event.done) * seconds / gained
+        unit = (event.unit or "").removesuffix("s")
+        if gained > seconds:
+            rate = f"{gained / seconds:.3g} {unit}s/s"
+        else:
+            rate = f"{seconds / gained:.3g} s/{unit}"
+        return f"{rate}, {_duration(left)} left"
+
+
+class _Rate(ProgressColumn):
+    """Rate and time left."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["pace"]), "cyan")
+
+
+def result_table(summary: Summary) -> Table:
+    """Lay out what a search found: a row for the unquantized network and one a candidate."""
+    model, test = summary.model, summary.test
+    table = Table(
+        title=f"{summary.name}: {model.score_name} on {test.num_examples} test examples",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("budget", "method"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("MiB", "bits", "smaller", "Ω", f"{model.score_name} %", "drop, points"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    size = mib(FLOAT_BITS * model.num_quantizable)
+    table.add_row(
+        "", "fp32", f"{size:.4g}", "32", "1×", "", _percent(test.unquantized), "", end_section=True
+    )
+    rows = summary.candidates.candidates
+    status = {trial.digest: trial.status for trial in summary.trials.trials}
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        score = test.scores.get(row.digest)
+        drop = (
+            f"{100 * score.drop:+.2f} ± {100 * score.drop_standard_error:.2f}".replace("+", "")
+            if score is not None
+            else ""
+        )
+        table.add_row(
+            row.budget,
+            row.method,
+            f"{mib(row.weight_bits):.4g}",
+            f"{row.average_bits:.3g}",
+            f"{row.compression:.4g}×",
+            f"{row.sensitivity:.3g}",
+            _percent(score) if score is not None else status[row.digest],
+            drop,
+            end_section=following is None or following.budget != row.budget,
+        )
+    return table
+
+
+def _percent(score: Score) -> str:
+    return f"{100 * score.score:.2f} ± {100 * score.standard_error:.2f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes}:{rest:02}"

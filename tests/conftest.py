@@ -1,0 +1,40 @@
+"""What all tests share: one thread, the real data where it is, and one Ray cluster."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Ray reads these when it is imported: nobody else may use the test's cluster, nothing is reported
+# home, and a worker that asks for no GPU still sees those of the machine.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+
+# Results have the same bits for the same number of threads only; tests may run side by side.
+torch.set_num_threads(1)
+
+DEFAULT_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of the real data sets."""
+    root = Path(os.environ.get("HAWQ_DATA", DEFAULT_DATA)).resolve()
+    if not root.is_dir():
+        pytest.skip(f"no data at {root}; set HAWQ_DATA to the folder of the real data sets")
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of two CPUs on this machine."""
+    import ray  # noqa: PLC0415 (only the tests that ask for a cluster pay for it)
+
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20
+    )
+    yield
+    ray.shutdown()
