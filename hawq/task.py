@@ -44,16 +44,25 @@ class Task(Protocol):
     Splits are ``"train"`` (fine-tuning and curvature), ``"search"`` (held out from the training
     data; ranks candidates) and ``"test"`` (read once, by the report).
 
-    Attributes:
-        score_name: What ``scores`` measures, for tables and axes: ``"accuracy"``.
-        fingerprint: Changes whenever the network's structure, the data or the splits do.
-        search_seen: Whether the network was trained on the search split. If so, its scores
-            there rank candidates but do not measure drops.
     """
 
-    score_name: str
-    fingerprint: str
-    search_seen: bool
+    @property
+    def score_name(self) -> str:
+        """What ``scores`` measures, for tables and axes: ``"accuracy"``."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that changes whenever the network's structure, the data or the splits do."""
+        ...
+
+    @property
+    def search_seen(self) -> bool:
+        """Whether the network was trained on the search split.
+
+        If so, its scores there rank candidates but do not measure drops.
+        """
+        ...
 
     def model(self) -> nn.Module:
         """Build the network, float32, on the CPU; its weights may be loaded over afterwards."""

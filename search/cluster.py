@@ -1,5 +1,6 @@
 """The door to Ray: the one place that starts it or joins it."""
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def connected(address: str | None, *, dashboard: bool) -> Iterator[str | None]:
     # Tune would turn Ctrl-C into a normal end; ours leaves a run that resumes.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Tune's older output falls silent when asked to; its new one prints banners all the same.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Else every worker without a GPU warns about a change of CUDA_VISIBLE_DEVICES to come.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     refuse_unreachable(address)
@@ -42,7 +45,7 @@ def connected(address: str | None, *, dashboard: bool) -> Iterator[str | None]:
             address=address or "local",
             include_dashboard=dashboard if address is None else None,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise InputError(

@@ -40,7 +40,9 @@ class RecipeConfig(_Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps with a rising rate.")
-    scale_lr: float = Field(1.0, ge=0, description="Rate of quantization scales, as multiple of lr.")
+    scale_lr: float = Field(
+        1.0, ge=0, description="Rate of quantization scales, as multiple of lr."
+    )
     freeze_batch_norm: Share = Field(
         0.6, description="Share of the epochs after which batch-norm statistics stay fixed."
     )
@@ -70,9 +72,7 @@ class TaskConfig(_Section):
     pretrain: RecipeConfig | None = Field(
         None, description="Train the network first, where there is no checkpoint."
     )
-    search_size: Positive = Field(
-        5000, description="Training images held out to rank candidates."
-    )
+    search_size: Positive = Field(5000, description="Training images held out to rank candidates.")
     search_indices: str | None = Field(
         None, description="JSON list of training images to rank on that the checkpoint never saw."
     )
@@ -271,7 +271,8 @@ def template() -> str:
     sections = []
     for name in ("task", "curvature", "weights", "activations", "finetune", "trials", "workers"):
         model = SearchConfig.model_fields[name].annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
         lines = [f"\n# {name}:  # {(model.__doc__ or '').splitlines()[0]}"]
         for key, field in model.model_fields.items():
             default = yaml.safe_dump(

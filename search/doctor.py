@@ -37,9 +37,7 @@ def examine(address: str | None) -> list[Check]:
         address: Of a cluster; None starts Ray on this machine.
     """
     checks = [Check(name, True, fact) for name, fact in machine().items()]
-    checks += [
-        Check(name, found != "not installed", found) for name, found in versions().items()
-    ]
+    checks += [Check(name, found != "not installed", found) for name, found in versions().items()]
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     finding = f"{gpus} GPUs" if gpus else "no GPU: everything runs on processors"
     checks.append(Check("devices", True if gpus else None, finding))

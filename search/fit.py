@@ -127,5 +127,3 @@ class _Reporter:
 def _write_progress(folder: Path, progress: Progress) -> None:
     document = {"done": progress.done, "total": progress.total, "score": progress.score}
     write_atomically(folder / "progress.json", json.dumps(document))
-
-

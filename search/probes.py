@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -78,12 +79,15 @@ class UnitFile:
         whole = lines[:-1]
         for line in whole[1:]:
             entry = json.loads(line)
-            yield entry["index"], UnitSums(
-                entry["batch"],
-                entry["num_examples"],
-                entry["num_probes"],
-                np.array(entry["total"]),
-                np.array(entry["square"]),
+            yield (
+                entry["index"],
+                UnitSums(
+                    entry["batch"],
+                    entry["num_examples"],
+                    entry["num_probes"],
+                    np.array(entry["total"]),
+                    np.array(entry["square"]),
+                ),
             )
         if lines[-1]:
             self._path.write_text("\n".join(whole) + "\n")
@@ -141,12 +145,16 @@ def estimate_on_workers(
     device = "cuda" if gpus else "cpu"
     remote = RemoteProbeWorker.options(num_cpus=cpus, num_gpus=gpus, name=None)
     arguments = (task, ray.put(state), plan, max(1, int(cpus)), device)
-    pool = [remote.remote(*arguments) for _ in range(min(workers, len(reducer.missing)))]
+
+    def start() -> ActorHandle[ProbeWorker]:
+        return cast("ActorHandle[ProbeWorker]", remote.remote(*arguments))
+
+    pool = [start() for _ in range(min(workers, len(reducer.missing)))]
     waiting = list(reversed(reducer.missing))
-    flights: dict[ray.ObjectRef, tuple[int, ActorHandle]] = {}
+    flights: dict[ray.ObjectRef[Any], tuple[int, ActorHandle[ProbeWorker]]] = {}
     cpu_seconds, lost = 0.0, 0
 
-    def launch(worker: ActorHandle) -> None:
+    def launch(worker: ActorHandle[ProbeWorker]) -> None:
         if waiting:
             index = waiting.pop()
             flights[worker.run.options(name="probe:trace").remote(index)] = (index, worker)
@@ -168,8 +176,9 @@ def estimate_on_workers(
                 waiting.append(index)
                 if worker in pool:
                     ray.kill(worker)
-                    pool[pool.index(worker)] = worker = remote.remote(*arguments)
-                    launch(worker)
+                    pool.remove(worker)
+                    pool.append(start())
+                    launch(pool[-1])
                 continue
             cpu_seconds += seconds
             units.append(index, unit)

@@ -1,7 +1,6 @@
 """The stages of a search: what each depends on, and how it makes its artefact."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import ray
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hawq.allocation import Allocation
 from hawq.cost import average_bits, compression, total, weight_bits
@@ -314,7 +313,9 @@ class Search:
         )
         for trial in trials:
             if trial.status != "finished":
-                self.events.emit("trials", "warning", f"{trial.digest} {trial.status}: {trial.reason}")
+                self.events.emit(
+                    "trials", "warning", f"{trial.digest} {trial.status}: {trial.reason}"
+                )
         self.worker_cpu_seconds += sum(trial.cpu_seconds for trial in trials)
         return TrialsArtefact(trials=trials)
 
@@ -420,7 +421,7 @@ class Search:
             remote.remote(self.task, state, spec, split, trials.cpus, bool(trials.gpus))
             for state, spec in jobs
         ]
-        ready: list[ray.ObjectRef] = []
+        ready: list[ray.ObjectRef[Any]] = []
         while len(ready) < len(pending):
             ready, _ = ray.wait(pending, num_returns=min(len(ready) + 1, len(pending)))
             self._progress("test", len(ready), len(pending), "networks", "")
@@ -453,11 +454,9 @@ def _score_network(
 ) -> tuple[Any, float]:
     torch.set_num_threads(max(1, int(cpus)))
     started = time.process_time()
-    model: nn.Module
-    if spec is None:
-        model = task.model()
-    else:
-        model = quantized_model(task, task.model().state_dict(), spec)
+    model = task.model()
+    if spec is not None:
+        model = quantized_model(task, model.state_dict(), spec)
     model.load_state_dict(state)
     model.to("cuda" if gpu else "cpu")
     return evaluate(model, task, split).numpy(), time.process_time() - started

@@ -78,7 +78,8 @@ class LiveView:
             )
         bar = self._bars[event.stage]
         if event.kind == "progress":
-            assert event.done is not None and event.total is not None
+            assert event.done is not None
+            assert event.total is not None
             count = f"{event.done:.4g}/{event.total:g} {event.unit}"
             self._progress.update(
                 bar,
@@ -109,7 +110,8 @@ class LiveView:
 
     def _pace(self, event: Event) -> str:
         """Return rate and time left, measured since this process first saw the stage move."""
-        assert event.done is not None and event.total is not None
+        assert event.done is not None
+        assert event.total is not None
         since, start = self._first.setdefault(event.stage, (event.time, event.done))
         seconds, gained = event.time - since, event.done - start
         if gained <= 0 or seconds <= 0:
@@ -131,7 +133,11 @@ class _Rate(ProgressColumn):
 
 
 def result_table(summary: Summary) -> Table:
-    """Lay out what a search found: a row for the unquantized network and one a candidate."""
+    """Lay out what a search found: a row for the unquantized network and one a candidate.
+
+    ``untrained`` is the score on the search split before fine-tuning, ``drop`` in points, on the
+    test split.
+    """
     model, test = summary.model, summary.test
     table = Table(
         title=f"{summary.name}: {model.score_name} on {test.num_examples} test examples",
@@ -139,16 +145,26 @@ def result_table(summary: Summary) -> Table:
     )
     for heading in ("budget", "method"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("MiB", "bits", "smaller", "Ω", f"{model.score_name} %", "drop, points"):
+    headings = ("MiB", "bits", "smaller", "Ω", "untrained %", f"{model.score_name} %", "drop")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     size = mib(FLOAT_BITS * model.num_quantizable)
     table.add_row(
-        "", "fp32", f"{size:.4g}", "32", "1×", "", _percent(test.unquantized), "", end_section=True
+        "",
+        "fp32",
+        f"{size:.4g}",
+        "32",
+        "1×",
+        "",
+        "",
+        _percent(test.unquantized),
+        "",
+        end_section=True,
     )
     rows = summary.candidates.candidates
-    status = {trial.digest: trial.status for trial in summary.trials.trials}
+    trials = {trial.digest: trial for trial in summary.trials.trials}
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        score = test.scores.get(row.digest)
+        score, trial = test.scores.get(row.digest), trials[row.digest]
         drop = (
             f"{100 * score.drop:+.2f} ± {100 * score.drop_standard_error:.2f}".replace("+", "")
             if score is not None
@@ -161,7 +177,8 @@ def result_table(summary: Summary) -> Table:
             f"{row.average_bits:.3g}",
             f"{row.compression:.4g}×",
             f"{row.sensitivity:.3g}",
-            _percent(score) if score is not None else status[row.digest],
+            f"{100 * trial.epochs[0].search_score:.1f}" if trial.epochs else "",
+            _percent(score) if score is not None else trial.status,
             drop,
             end_section=following is None or following.budget != row.budget,
         )

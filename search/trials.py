@@ -154,7 +154,9 @@ def run_trials(
             logging.getLogger(name).setLevel(logging.ERROR)
         device = "cuda" if resources.gpus else "cpu"
         trainable = tune.with_resources(
-            tune.with_parameters(_trainable, task=task, state=dict(state), specs=pending, device=device),
+            tune.with_parameters(
+                _trainable, task=task, state=dict(state), specs=pending, device=device
+            ),
             {"cpu": resources.cpus, "gpu": resources.gpus},
         )
         most = max(spec.recipe.epochs for spec in pending)
@@ -167,6 +169,7 @@ def run_trials(
                 mode="max",
                 scheduler=asha if resources.asha else FIFOScheduler(),
                 max_concurrent_trials=resources.max_concurrent,
+                reuse_actors=True,  # else every trial imports torch and Ray again
             ),
             run_config=tune.RunConfig(
                 name=f"trials-{int(time.time())}",
@@ -177,10 +180,7 @@ def run_trials(
             ),
         )
         grid = tuner.fit()
-        ended = {
-            spec.folder: _settled(spec, result.error)
-            for spec, result in zip(pending, grid, strict=True)
-        }
+        ended = {spec.folder: _settled(spec, grid[i].error) for i, spec in enumerate(pending)}
     return [read_trial(spec.folder) or ended[spec.folder] for spec in specs]
 
 

@@ -54,6 +54,8 @@ def test_libraries_do_not_print(package):
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sources(package)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
     ]
     assert not printing

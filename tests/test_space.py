@@ -72,9 +72,7 @@ def test_what_is_allowed_is_what_menus_and_ties_say(space):
     ],
 )
 def test_the_fingerprint_sees_every_property_of_a_group(other):
-    assert (
-        Space((other,)).fingerprint != Space((Group("w:b", 10, 20, (2, 4, 8)),)).fingerprint
-    )
+    assert Space((other,)).fingerprint != Space((Group("w:b", 10, 20, (2, 4, 8)),)).fingerprint
 
 
 @pytest.mark.parametrize(

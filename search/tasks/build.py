@@ -42,8 +42,7 @@ def build_task(config: TaskConfig, seed: int) -> Task:
             f"task.arguments: {config.factory} must accept {sorted(config.arguments)} ({error})"
         ) from error
     if not isinstance(task, Task):
-        missing = [name for name in vars(Task) if name[0] != "_" and not hasattr(task, name)]
-        missing += [name for name in Task.__annotations__ if not hasattr(task, name)]
+        missing = [name for name in dir(Task) if name[0] != "_" and not hasattr(task, name)]
         raise InputError(
             f"task.factory: {config.factory} must return a Task, got {type(task).__name__} "
             f"without {', '.join(missing)}"

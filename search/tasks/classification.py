@@ -44,7 +44,10 @@ class ClassificationTask:
     split_seed: int = 0
     search_seen: bool = False
 
-    score_name = "accuracy"
+    @property
+    def score_name(self) -> str:
+        """Top-1 accuracy."""
+        return "accuracy"
 
     @property
     def fingerprint(self) -> str:
@@ -151,9 +154,12 @@ def _read_indices(path: Path, num_train: int) -> Tensor:
             f"task.search_indices: {path} must be a JSON list of training-image indices ({error})"
         ) from error
     valid = indices.ndim == 1 and indices.dtype.kind == "i" and 0 < len(indices) < num_train
-    if not valid or indices.min() < 0 or indices.max() >= num_train or len(
-        np.unique(indices)
-    ) < len(indices):
+    if (
+        not valid
+        or indices.min() < 0
+        or indices.max() >= num_train
+        or len(np.unique(indices)) < len(indices)
+    ):
         raise InputError(
             f"task.search_indices: {path} must list different indices within 0..{num_train - 1}"
         )
