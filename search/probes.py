@@ -15,11 +15,12 @@ import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 from torch import Tensor
 
 from hawq.curvature import Reducer, TraceEstimate, TracePlan, UnitSums, run_unit
 from hawq.task import Task
+from search.errors import InputError
 
 __all__ = ["ProbeWorker", "UnitFile", "estimate_on_workers"]
 
@@ -133,6 +134,7 @@ def estimate_on_workers(
         The estimate, and the CPU seconds of all units done now.
 
     Raises:
+        InputError: If a worker cannot build the task.
         RayActorError: If workers keep dying.
         NonFiniteTraceError: If a loss or trace is NaN or infinite.
     """
@@ -168,7 +170,12 @@ def estimate_on_workers(
             index, worker = flights.pop(ready)
             try:
                 unit, seconds = ray.get(ready)
-            except (RayActorError, ActorUnavailableError):
+            except RayActorError as error:
+                if error.actor_init_failed:
+                    reason = str(error).strip().splitlines()[-1]
+                    raise InputError(
+                        f"a worker must be able to build the task, got {reason}"
+                    ) from error
                 # Its worker is gone: another takes its place, and its units are done again.
                 lost += 1
                 if lost > _MAX_LOST_WORKERS:

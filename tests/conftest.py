@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Ray reads these when it is imported: nobody else may use the test's cluster, nothing is reported
 # home, and a worker that asks for no GPU still sees those of the machine.
@@ -15,6 +16,10 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 # Results have the same bits for the same number of threads only; tests may run side by side.
 torch.set_num_threads(1)
+
+# The same examples every time, however slow the machine is.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 DEFAULT_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 

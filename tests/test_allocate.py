@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import brute_force, evaluate, every_choice, free_space
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from hawq.allocate import InfeasibleBudgetError, monotone_front, pareto_front
 from hawq.allocate.monotone import monotone_count
 from hawq.cost import weight_bits
 from hawq.space import Group, Space
-from oracles import brute_force, evaluate, every_choice, free_space
 
 MENU = (2, 4, 8)
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import free_space
 
 from hawq.allocation import Allocation
 from hawq.space import Group, Space
-from oracles import free_space
 
 SPACE = Space(
     (

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from oracles import free_space
 
 from hawq.allocation import Allocation
 from hawq.cost import average_bits, bops, compression, mib, total, weight_bits
-from oracles import free_space
 
 RESNET20 = free_space([268_336], (2, 4, 8))
 

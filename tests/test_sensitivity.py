@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from oracles import free_space
 
 from hawq.sensitivity import omega
 from hawq.space import Group, Space
-from oracles import free_space
 
 SPACE = free_space([4, 10], (2, 4))
 ERRORS = np.array([[1.0, 0.25], [8.0, 2.0]])

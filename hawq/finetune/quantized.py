@@ -191,6 +191,9 @@ def detach(model: nn.Module) -> None:
     """Remove every quantizer; weights are again the ones that training moved, bit for bit."""
     for layer in [layer for sharers in sharing_layers(model).values() for layer in sharers]:
         if parametrize.is_parametrized(layer, "weight"):
+            # Torch is about to edit the layer's class, which copies of the network share.
+            shared = type(layer)
+            layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
             # It came back behind the bias; optimizers go by the order of parameters.
             bias = layer.bias

@@ -1,33 +1,29 @@
-"""The report's figures.
+"""The figures that compare methods.
 
-Plotly reads a small HTML in every label, so names are escaped on their way in. What an axis
-cannot show, such as a negative trace on a logarithm, is drawn at its foot and said to be there.
+Plotly reads a small HTML in every label, so names are escaped on their way in. The page has one
+legend for all of them: a trace names its method in ``meta``.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import plotly.graph_objects as go
 
-from search.artefacts import CurvatureArtefact, FrontPoints, Score, Summary
+from search.artefacts import FrontPoints, Score, Summary
+from search.report.canvas import FAINT, LABEL, canvas, make_logarithmic
 from search.report.palette import Look, looks
-from search.report.quantities import mib, percent, plus_minus, points, significant
+from search.report.quantities import mib, percent, plus_minus, points
 from search.report.results import BudgetResults, Result, methods, results_by_budget
 
-__all__ = ["MAX_FRONT_POINTS", "accuracy_by_size", "fronts", "traces", "training_curves"]
+__all__ = ["MAX_FRONT_POINTS", "accuracy_by_size", "fronts", "training_curves"]
 
 MAX_FRONT_POINTS = 1000
-_INK, _GRID, _FAINT, _WARNING = "#1f2933", "#e6e9ee", "#66727f", "#b42318"
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_LABEL = {"size": 12, "color": _FAINT}
 
 
 def accuracy_by_size(summary: Summary) -> go.Figure:
     """Draw test score against size, a trace for each method, over the unquantized network's."""
-    figure = _figure("Weights (MiB)", f"Test {escape(summary.model.score_name)} (%)")
+    figure = canvas("Weights (MiB)", f"Test {escape(summary.model.score_name)} (%)")
     groups, full = results_by_budget(summary), summary.test.unquantized
     shown = [r.test for group in groups for r in group.results if r.test]
     reach = [s.score + sign * s.standard_error for s in [*shown, full] for sign in (-1, 1)]
@@ -48,7 +44,7 @@ def accuracy_by_size(summary: Summary) -> go.Figure:
 
 def fronts(summary: Summary) -> go.Figure:
     """Draw what each method could offer: Ω against size, with what it chose marked."""
-    figure = _figure("Weights (MiB)", "Sensitivity Ω of the whole network")
+    figure = canvas("Weights (MiB)", "Sensitivity Ω of the whole network")
     groups = results_by_budget(summary)
     offered = {front.method: front for front in summary.candidates.fronts}
     order = methods(summary)
@@ -60,44 +56,7 @@ def fronts(summary: Summary) -> go.Figure:
             figure.add_trace(_chosen(chosen, look, after=order[order.index(method) + 1 :]))
     _mark_budgets(figure, groups)
     shown = [omega for trace in figure.data for omega in trace.y if omega] or [1.0]
-    _make_logarithmic(figure, min(shown) / 1.5, 1.5 * max(shown))
-    return figure
-
-
-def traces(curvature: CurvatureArtefact) -> go.Figure:
-    """Draw each layer's average trace: thick bars probe error, thin bars probes and data."""
-    figure = _figure("Layer, in the network's order", "Average Hessian trace (loss / weight²)")
-    figure.update_layout(height=520, showlegend=True)
-    averages = _averages(curvature)
-    figure.add_trace(_bars("probes and data", averages, averages.both, 1.5, "#6aa3d0"))
-    figure.add_trace(_bars("probes alone", averages, averages.probe, 5, "#4d8fc4"))
-    for is_shown, marker in (
-        (True, {"color": "#0b3d6e", "size": 12, "symbol": "line-ew-open", "line": {"width": 2}}),
-        (False, {"color": _WARNING, "size": 11, "symbol": "triangle-down-open"}),
-    ):
-        kept = [i for i, value in enumerate(averages.mean) if (value > 0) is is_shown]
-        if kept:
-            figure.add_scatter(
-                name="average trace" if is_shown else "zero or negative: below this axis",
-                x=[averages.layers[i] for i in kept],
-                y=[averages.mean[i] if is_shown else averages.floor for i in kept],
-                mode="markers",
-                marker=marker,
-                cliponaxis=is_shown,
-                text=[averages.words[i] for i in kept],
-                hovertemplate="%{x}<br>%{text}<extra></extra>",
-            )
-    top = max([m + e for m, e in zip(averages.mean, averages.both, strict=True)])
-    top = max(top, 10 * averages.floor)
-    _make_logarithmic(figure, averages.floor / 1.25, 1.4 * top)
-    figure.update_xaxes(
-        type="category",
-        categoryarray=averages.layers,
-        range=[-0.6, len(averages.layers) - 0.4],
-        tickangle=-90,
-        dtick=1,
-        title_standoff=8,
-    )
+    make_logarithmic(figure, min(shown) / 1.5, 1.5 * max(shown))
     return figure
 
 
@@ -109,11 +68,11 @@ def training_curves(summary: Summary) -> dict[str, go.Figure]:
     last = max([epoch.epoch for epoch in epochs], default=1)
     drawn = {}
     for group in groups:
-        figure = _figure("Epoch", f"Search-split {escape(summary.model.score_name)} (%)")
+        figure = canvas("Epoch", f"Search-split {escape(summary.model.score_name)} (%)")
         figure.add_hline(
             y=100 * summary.model.search_score,
-            line={"color": _FAINT, "width": 1, "dash": "dot"},
-            annotation={"text": "unquantized", "font": _LABEL},
+            line={"color": FAINT, "width": 1, "dash": "dot"},
+            annotation={"text": "unquantized", "font": LABEL},
             annotation_position="top left",
         )
         seen: set[str] = set()
@@ -130,63 +89,18 @@ def training_curves(summary: Summary) -> dict[str, go.Figure]:
     return drawn
 
 
-def _figure(x: str, y: str) -> go.Figure:
-    """Make an empty figure with titled axes in the report's style."""
-    axis: dict[str, Any] = {
-        "gridcolor": _GRID,
-        "linecolor": "#b8c0ca",
-        "ticks": "outside",
-        "tickcolor": "#b8c0ca",
-        "zeroline": False,
-        "showline": True,
-        "automargin": True,
-    }
-    return go.Figure(
-        layout={
-            "template": None,
-            "height": 440,
-            "font": {"family": _FONT, "size": 13, "color": _INK},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "margin": {"l": 60, "r": 16, "t": 16, "b": 48},
-            "legend": {
-                "orientation": "h",
-                "x": 0,
-                "y": 1.02,
-                "yanchor": "bottom",
-                "tracegroupgap": 0,
-            },
-            # The page has the legend of methods; a trace names its method in ``meta``.
-            "showlegend": False,
-            "hovermode": "closest",
-            # A finger that scrolls the page must not zoom a figure; the buttons still do.
-            "dragmode": False,
-            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#b8c0ca", "activecolor": _INK},
-            "xaxis": axis | {"title": {"text": x}},
-            "yaxis": axis | {"title": {"text": y}},
-        }
-    )
-
-
-def _make_logarithmic(figure: go.Figure, low: float, high: float) -> None:
-    # Within a few decades plotly labels 2 and 5 in between; over more they only crowd.
-    step = 1 if high > 100 * low else None
-    decades = [math.log10(low), math.log10(high)]
-    figure.update_yaxes(type="log", exponentformat="power", range=decades, dtick=step)
-
-
 def _draw_unquantized(figure: go.Figure, full: Score) -> None:
     low, high = full.score - full.standard_error, full.score + full.standard_error
     figure.add_hrect(
-        y0=100 * low, y1=100 * high, fillcolor=_FAINT, opacity=0.15, line_width=0, layer="below"
+        y0=100 * low, y1=100 * high, fillcolor=FAINT, opacity=0.15, line_width=0, layer="below"
     )
     figure.add_hline(
         y=100 * full.score,
-        line={"color": _FAINT, "width": 1.5},
+        line={"color": FAINT, "width": 1.5},
         layer="below",
         annotation={
             "text": f"unquantized {plus_minus(percent(full.score), full.standard_error)} %",
-            "font": _LABEL,
+            "font": LABEL,
         },
         annotation_position="top left",
     )
@@ -268,59 +182,6 @@ def _chosen(results: list[Result], look: Look, after: Sequence[str]) -> go.Scatt
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Averages:
-    """Traces over numbers of weights, with where a logarithmic axis for them must end."""
-
-    layers: list[str]
-    mean: list[float]
-    probe: list[float]
-    both: list[float]
-    words: list[str]
-    floor: float
-
-
-def _averages(curvature: CurvatureArtefact) -> _Averages:
-    def over(values: Sequence[float]) -> list[float]:
-        return [value / n for value, n in zip(values, curvature.num_elements, strict=True)]
-
-    mean, probe, data = map(over, (curvature.trace, curvature.probe_error, curvature.data_error))
-    positive = [value for value in mean if value > 0]
-    size = max([abs(value) for value in mean]) or 1.0
-    return _Averages(
-        layers=[escape(name) for name in curvature.layers],
-        mean=mean,
-        probe=probe,
-        both=[math.hypot(p, d) for p, d in zip(probe, data, strict=True)],
-        words=[
-            f"average trace {significant(m)}<br>probe error {significant(p)}"
-            f"<br>data error {significant(d)}"
-            for m, p, d in zip(mean, probe, data, strict=True)
-        ],
-        floor=min(positive) / 3 if positive else size / 100,
-    )
-
-
-def _bars(
-    name: str, averages: _Averages, errors: list[float], width: float, color: str
-) -> go.Scatter:
-    """Draw error bars as lines, cut below the axis, where they may go on to minus infinity."""
-    x: list[str | None] = []
-    y: list[float | None] = []
-    for layer, value, error in zip(averages.layers, averages.mean, errors, strict=True):
-        if value + error > averages.floor:
-            x += [layer, layer, None]
-            y += [max(value - error, averages.floor / 2), value + error, None]
-    return go.Scatter(
-        name=f"± one standard error: {name}",
-        x=x,
-        y=y,
-        mode="lines",
-        line={"color": color, "width": width},
-        hoverinfo="skip",
-    )
-
-
 def _curve(result: Result, look: Look) -> go.Scatter:
     trial = result.trial
     assert trial is not None
@@ -351,7 +212,7 @@ def _mark_budgets(figure: go.Figure, groups: Sequence[BudgetResults]) -> None:
             layer="below",
             annotation={
                 "text": escape(group.budget.label),
-                "font": _LABEL,
+                "font": LABEL,
                 "textangle": -90,
                 "xshift": -2,
             },

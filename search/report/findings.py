@@ -1,4 +1,4 @@
-"""What the report claims in words, and what it warns of.
+"""What the report claims in words.
 
 A claim compares two candidates on the same test examples. Their scores are correlated, and the
 artefacts hold each one's errors but not those of every pair, so a claim rests on a bound that
@@ -8,10 +8,10 @@ holds whatever the correlation: the standard error of a difference is at most th
 from dataclasses import dataclass
 
 from search.artefacts import Score, Summary
-from search.report.quantities import count, mib, percent, plus_minus, points, significant
+from search.report.quantities import count, counted, mib, percent, plus_minus, points, significant
 from search.report.results import BudgetResults, Result, methods, results_by_budget
 
-__all__ = ["Verdict", "caveats", "searched", "verdicts"]
+__all__ = ["Verdict", "searched", "verdicts"]
 
 _REFERENCE = "uniform"
 
@@ -37,12 +37,12 @@ def searched(summary: Summary) -> str:
     found, budgets = methods(summary), summary.candidates.budgets
     widths = ", ".join(map(str, tables.widths))
     return (
-        f"Bits for the weights of {_counted(len(summary.curvature.layers), 'layer')} "
+        f"Bits for the weights of {counted(len(summary.curvature.layers), 'layer')} "
         f"({count(model.num_quantizable)} of {count(model.num_parameters)} parameters), "
-        f"from {widths}: {_counted(len(found), 'method')} under "
-        f"{_counted(len(budgets), 'budget')}.{_activations(summary)} Each candidate was fine-tuned "
+        f"from {widths}: {counted(len(found), 'method')} under "
+        f"{counted(len(budgets), 'budget')}.{_activations(summary)} Each candidate was fine-tuned "
         f"alike and scored once ({model.score_name}) on "
-        f"{_counted(summary.test.num_examples, 'test example')}."
+        f"{counted(summary.test.num_examples, 'test example')}."
     )
 
 
@@ -61,16 +61,6 @@ def verdicts(summary: Summary) -> list[Verdict]:
             difference=_difference(group),
         )
         for group in results_by_budget(summary)
-    ]
-
-
-def caveats(summary: Summary) -> list[str]:
-    """Say what a reader must know before believing the numbers; empty if there is nothing."""
-    return [
-        *_split_caveat(summary),
-        *_curvature_caveats(summary),
-        *_trial_caveats(summary),
-        *_size_caveats(summary),
     ]
 
 
@@ -132,83 +122,3 @@ def _compared(group: BudgetResults) -> list[Result]:
 
 def _score(score: Score) -> str:
     return f"{plus_minus(percent(score.score), score.standard_error)}\u00a0%"
-
-
-def _split_caveat(summary: Summary) -> list[str]:
-    if not summary.model.search_seen:
-        return []
-    return [
-        "The network was trained on the search split. Scores there rank candidates but do not "
-        "measure drops; only the test split does."
-    ]
-
-
-def _curvature_caveats(summary: Summary) -> list[str]:
-    curvature = summary.curvature
-    rows = list(
-        zip(
-            curvature.layers,
-            curvature.trace,
-            curvature.probe_error,
-            curvature.data_error,
-            strict=True,
-        )
-    )
-    found = []
-    if not curvature.converged:
-        loose = [name for name, t, probe, _ in rows if probe > curvature.rtol * abs(t)]
-        where = f" ({_listed(loose)})" if loose else ""
-        found.append(
-            f"The traces had not converged after {_counted(curvature.num_probes, 'probe')}: "
-            f"{_counted(len(loose), 'layer')}{where} "
-            f"{'has' if len(loose) == 1 else 'have'} a probe error above "
-            f"{significant(100 * curvature.rtol)} % of the trace. Ω inherits that error."
-        )
-    if curvature.num_negative:
-        negative = [name for name, t, _, _ in rows if t < 0]
-        found.append(
-            f"{curvature.num_negative} of {_counted(len(rows), 'trace')} "
-            f"{'is' if curvature.num_negative == 1 else 'are'} negative ({_listed(negative)}) and "
-            "count as zero in Ω: the methods see no cost in quantizing there."
-        )
-    return found
-
-
-def _trial_caveats(summary: Summary) -> list[str]:
-    seen: set[str] = set()
-    found = []
-    for group in results_by_budget(summary):
-        for result in group.results:
-            if result.candidate.digest in seen:
-                continue
-            seen.add(result.candidate.digest)
-            name = f"{' = '.join([result.names, *result.elsewhere])}, {group.budget.label}"
-            if result.trial is None:
-                found.append(f"Not fine-tuned: {name}.")
-            elif result.trial.status != "finished":
-                reason = result.trial.reason or "no reason recorded"
-                found.append(f"Fine-tuning {result.trial.status}: {name}: {reason}")
-            elif result.test is None:
-                found.append(f"Not scored on the test split: {name}.")
-        for method in group.without_candidate:
-            found.append(f"No candidate: {method}, {group.budget.label}.")
-    return found
-
-
-def _size_caveats(summary: Summary) -> list[str]:
-    return [
-        f"Over budget: {result.candidate.method}, {group.budget.label}: "
-        f"{count(result.candidate.weight_bits)} bits, allowed are {count(group.budget.limit_bits)}."
-        for group in results_by_budget(summary)
-        for result in group.results
-        if result.candidate.weight_bits > group.budget.limit_bits
-    ]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -11,16 +11,17 @@ from plotly.offline import get_plotlyjs
 from search.artefacts import Summary
 from search.report import quantities
 from search.report.bits_map import bits_map
+from search.report.caveats import caveats
 from search.report.figures import (
     MAX_FRONT_POINTS,
     accuracy_by_size,
     fronts,
-    traces,
     training_curves,
 )
-from search.report.findings import caveats, searched, verdicts
+from search.report.findings import searched, verdicts
 from search.report.palette import looks
 from search.report.results import methods, results_by_budget
+from search.report.trace_figure import traces
 
 __all__ = ["render"]
 
@@ -71,9 +72,10 @@ def render(summary: Summary) -> str:
 
 
 def _script(figures: dict[str, go.Figure]) -> Markup:
-    """Write the figures as JSON that no name in them can break out of, by their element's id."""
+    """Write the figures as a JavaScript object by the ids of their elements."""
+    # Plotly's JSON escapes every < and >, so no name in it can end the script element.
     drawings = ", ".join(f'"{name}": {figure.to_json()}' for name, figure in figures.items())
-    return Markup(f"{{{drawings}}}".replace("&", "\\u0026").replace("<", "\\u003c"))
+    return Markup(f"{{{drawings}}}")
 
 
 def _hidden_points(summary: Summary) -> int:

@@ -3,7 +3,17 @@
 import math
 from datetime import datetime
 
-__all__ = ["count", "duration", "mib", "moment", "percent", "plus_minus", "points", "significant"]
+__all__ = [
+    "count",
+    "counted",
+    "duration",
+    "mib",
+    "moment",
+    "percent",
+    "plus_minus",
+    "points",
+    "significant",
+]
 
 _MINUS, _NO_BREAK = "−", "\u00a0"
 
@@ -44,6 +54,11 @@ def mib(bits: int) -> float:
 def count(number: int) -> str:
     """Write a count with separators: ``270,896``."""
     return f"{number:,}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a count of something: ``1 layer``, ``20 layers``."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

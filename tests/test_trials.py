@@ -1,0 +1,170 @@
+"""Trials: a function of their specification, whatever interrupts them."""
+
+import os
+import signal
+import sys
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from hawq.finetune import Recipe, evaluate
+from hawq.space import quantizable_layers
+from search.config import TrialsConfig
+from search.fit import fit, read_progress, saved_epochs
+from search.tasks.classification import ClassificationTask
+from search.trials import TrialSpec, quantized_model, run_trial, run_trials
+
+TASK = ClassificationTask(data="digits", root=None, network="resnet8", search_size=100)
+RECIPE = Recipe(epochs=3, batch_size=64, lr=0.02, examples_per_epoch=256)
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A network that knows the digits a little."""
+    model = TASK.model()
+    torch.set_num_threads(1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    model.train()
+    for i in range(15):
+        batch = TASK.batch("train", torch.arange(i * 64, i * 64 + 64))
+        optimizer.zero_grad()
+        TASK.losses(model, batch).mean().backward()
+        optimizer.step()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def make_spec(folder, *, bits=3, recipe=RECIPE, digest="d"):
+    layer_bits = dict.fromkeys(quantizable_layers(TASK.model()), bits)
+    return TrialSpec(digest, layer_bits, 4, 8, recipe, 0, folder)
+
+
+def results(trial):
+    """What must not depend on interruptions: everything but times."""
+    return [(record.epoch, record.loss, record.search_score) for record in trial.epochs]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_trial_learns_and_its_file_holds_what_was_scored(tmp_path, state):
+    spec = make_spec(tmp_path / "t")
+    trial = run_trial(TASK, state, spec, device="cpu")
+    assert trial.status == "finished"
+    assert [record.epoch for record in trial.epochs] == [0, 1, 2, 3]
+    assert trial.epochs[-1].search_score > trial.epochs[0].search_score
+    model = quantized_model(TASK, state, spec)
+    model.load_state_dict(load_file(tmp_path / "t" / "model.safetensors"))
+    assert float(evaluate(model, TASK, "search").mean()) == trial.search_score
+    assert read_progress(tmp_path / "t").done == 3
+
+
+@pytest.mark.parametrize("epochs_before", [0, 1, 2])
+def test_an_interrupted_trial_ends_with_the_same_bits(tmp_path, state, epochs_before):
+    undisturbed = run_trial(TASK, state, make_spec(tmp_path / "a"), device="cpu")
+
+    def interrupt(record):
+        if record.epoch == epochs_before:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_trial(TASK, state, make_spec(tmp_path / "b"), device="cpu", on_epoch=interrupt)
+    assert len(saved_epochs(tmp_path / "b")) == epochs_before + 1
+    again = run_trial(TASK, state, make_spec(tmp_path / "b"), device="cpu")
+    assert results(again) == results(undisturbed)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_diverging_trial_is_a_result_with_its_reason(tmp_path, state):
+    recipe = Recipe(epochs=2, batch_size=64, lr=1e6, warmup=0.0)
+    trial = run_trial(TASK, state, make_spec(tmp_path / "t", recipe=recipe), device="cpu")
+    assert trial.status == "failed"
+    assert "lower lr (now 1e+06)" in trial.reason
+    assert len(trial.epochs) >= 1
+
+
+def test_training_does_not_touch_the_global_random_state(tmp_path):
+    before = torch.random.get_rng_state()
+    fit(TASK.model(), TASK, Recipe(1, 64, 0.01), folder=tmp_path, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.ray
+def test_tune_runs_every_trial_with_the_bits_of_this_process(ray_cluster, tmp_path, state):
+    specs = [make_spec(tmp_path / str(bits), bits=bits, digest=str(bits)) for bits in (2, 4)]
+    seen = []
+    trials = run_trials(
+        TASK,
+        state,
+        specs,
+        resources=TrialsConfig(cpus=1),
+        storage=tmp_path / "tune",
+        on_progress=seen.append,
+    )
+    for trial, spec, bits in zip(trials, specs, (2, 4), strict=True):
+        alone = run_trial(
+            TASK, state, make_spec(tmp_path / f"alone{bits}", bits=bits), device="cpu"
+        )
+        assert (trial.digest, trial.status) == (spec.digest, "finished")
+        assert results(trial) == results(alone)
+    assert seen == sorted(seen)
+    again = run_trials(
+        TASK, state, specs, resources=TrialsConfig(cpus=1), storage=tmp_path / "unused"
+    )
+    assert again == trials
+    assert not (tmp_path / "unused").exists()
+
+
+class MortalTask(ClassificationTask):
+    """Kills the process that trains it, once, in the second epoch."""
+
+    def augment(self, batch, generator):
+        marker, checkpoint = os.environ["HAWQ_MARKER"], os.environ["HAWQ_CHECKPOINT"]
+        epochs = saved_epochs(_parent(checkpoint)) if os.path.exists(checkpoint) else []
+        if len(epochs) == 2 and not os.path.exists(marker):
+            with open(marker, "w"):
+                pass
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ClassificationTask.augment(self, batch, generator)
+
+
+def _parent(path):
+    from pathlib import Path
+
+    return Path(path).parent
+
+
+@pytest.mark.ray
+def test_a_trial_whose_worker_is_killed_goes_on_after_its_last_epoch(ray_cluster, tmp_path, state):
+    spec = make_spec(tmp_path / "t")
+    environment = {
+        "HAWQ_MARKER": str(tmp_path / "died"),
+        "HAWQ_CHECKPOINT": str(spec.folder / "checkpoint.pt"),
+    }
+    task = _Marked(environment)
+    (trial,) = run_trials(
+        task, state, [spec], resources=TrialsConfig(cpus=1), storage=tmp_path / "tune"
+    )
+    assert (tmp_path / "died").exists()
+    assert trial.status == "finished"
+    undisturbed = run_trial(TASK, state, make_spec(tmp_path / "alone"), device="cpu")
+    assert results(trial) == results(undisturbed)
+
+
+class _Marked:
+    """Builds a mortal task in the worker, with the paths that it needs."""
+
+    def __init__(self, environment):
+        self._environment = environment
+
+    def __reduce__(self):
+        return _mortal, (self._environment,)
+
+
+def _mortal(environment):
+    os.environ.update(environment)
+    return MortalTask(data="digits", root=None, network="resnet8", search_size=100)
