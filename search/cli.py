@@ -4,7 +4,7 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 import yaml
@@ -61,8 +61,11 @@ def run(
     from search.terminal import LiveView, result_table  # noqa: PLC0415
 
     folder = out or Path("runs") / config.stem
-    with LiveView(_out) as view:
-        summary = run_search(loaded, folder, name=config.stem, force=force, listeners=[view])
+    try:
+        with LiveView(_out) as view:
+            summary = run_search(loaded, folder, name=config.stem, force=force, listeners=[view])
+    except KeyboardInterrupt:  # here, because Typer would only say "Aborted"
+        _fail("interrupted: run the same command again to go on", 130)
     _out.print(result_table(summary))
     if summary.model.search_seen:
         _out.print(
@@ -124,8 +127,6 @@ def main() -> None:
         app()
     except InputError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted: run the same command again to go on", 130)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
             raise
@@ -137,7 +138,7 @@ def main() -> None:
         )
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     for line in message.splitlines():
         _err.print(Text(f"error: {line}", "red"), soft_wrap=True)
     sys.exit(code)

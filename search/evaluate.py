@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hawq.allocation import Allocation
-from search.run import content_hash
+from search.folder import content_hash
 
 __all__ = ["Evaluate", "Evaluation", "Fidelity", "evaluation_key"]
 

@@ -17,7 +17,7 @@ from torch import nn
 from hawq.finetune import Recipe, evaluate, make_optimizer, train_epoch
 from hawq.task import Task
 from search.artefacts import EpochRecord
-from search.run import write_atomically
+from search.folder import write_atomically
 
 __all__ = ["Progress", "fit", "read_progress", "saved_epochs"]
 

@@ -35,9 +35,9 @@ from search.cluster import connected, refuse_unreachable
 from search.config import Budget, SearchConfig
 from search.errors import InputError
 from search.events import EventLog, Listener
+from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
 from search.report import render
-from search.run import RunFolder, write_atomically
 from search.stages import Search
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights

@@ -37,8 +37,8 @@ from search.config import SearchConfig
 from search.evaluate import evaluation_key
 from search.events import EventLog
 from search.fit import fit, read_progress
+from search.folder import RunFolder, content_hash
 from search.probes import UnitFile, estimate_on_workers
-from search.run import RunFolder, content_hash
 from search.searchers import SEARCHERS, Problem, Tables
 from search.tasks.checkpoint import read_state, save_state, state_sha256
 from search.trials import TrialSpec, quantized_model, run_trials

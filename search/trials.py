@@ -24,7 +24,7 @@ from hawq.task import Task, moved
 from search.artefacts import EpochRecord, Trial
 from search.config import TrialsConfig
 from search.fit import fit, read_progress, saved_epochs
-from search.run import write_atomically
+from search.folder import write_atomically
 from search.tasks.checkpoint import save_state
 
 __all__ = ["TrialSpec", "quantized_model", "run_trial", "run_trials"]

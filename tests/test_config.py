@@ -86,7 +86,7 @@ def test_what_is_not_a_mapping_in_yaml_is_refused(config_file, text):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere.yaml: the config must be readable"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: the config must be readable"):
         load_config(tmp_path / "nowhere.yaml")
 
 

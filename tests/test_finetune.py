@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -58,6 +58,7 @@ def test_detaching_restores_the_exact_original(activation_bits):
     state, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
     before, hooked = model(images()), hooks(model)
     types = [type(module) for module in model.modules()]
+    slots = [list(module._parameters) for module in model.modules()]
     attach(model, BITS, activation_bits=activation_bits, example=images())
     calibrate(model, [images()])
     assert not torch.equal(model(images()), before)
@@ -66,6 +67,7 @@ def test_detaching_restores_the_exact_original(activation_bits):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
     assert [type(module) for module in model.modules()] == types
+    assert [list(module._parameters) for module in model.modules()] == slots
     assert hooks(model) == hooked
     assert torch.equal(model(images()), before)
 
@@ -397,6 +399,24 @@ def test_another_seed_is_another_training():
         optimizer = make_optimizer(model, RECIPE)
         losses.append(train_epoch(model, optimizer, TASK, RECIPE, epoch=0, seed=seed))
     assert losses[0] != losses[1]
+
+
+@dataclass(frozen=True)
+class Recorded(TinyTask):
+    seen: list[list[int]] = field(default_factory=list)
+
+    def batch(self, split, indices):
+        self.seen.append(indices.tolist())
+        return super().batch(split, indices)
+
+
+def test_every_epoch_visits_all_examples_in_another_order():
+    task = Recorded(num_examples=64)
+    trained(task, network(), epochs=2)
+    order = [index for batch in task.seen for index in batch]
+    first, second = order[:64], order[64:]
+    assert sorted(first) == sorted(second) == list(range(64))
+    assert first != second
 
 
 def test_batch_norm_s_statistics_stay_fixed_after_their_share_of_the_epochs():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from search.artefacts import StageCost, TrialsArtefact
 from search.errors import InputError
 from search.events import Event, EventLog, read_events
-from search.run import RunFolder, content_hash, write_atomically
+from search.folder import RunFolder, content_hash, write_atomically
 
 COST = StageCost(stage="trials", seconds=1.0, cpu_seconds=2.0)
 EMPTY = TrialsArtefact(trials=[])
@@ -52,9 +52,9 @@ def test_a_damaged_artefact_is_named_with_the_remedy(tmp_path):
 
 def test_a_folder_serves_one_driver_at_a_time(tmp_path):
     with RunFolder(tmp_path).locked():
-        with pytest.raises(InputError, match=f"process {os.getpid()} runs a search in it"):
-            with RunFolder(tmp_path).locked():
-                pass
+        refusal = pytest.raises(InputError, match=f"process {os.getpid()} runs a search in it")
+        with refusal, RunFolder(tmp_path).locked():
+            pass
     with RunFolder(tmp_path).locked():
         pass
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.datasets import CIFAR10
 
 from hawq.finetune import evaluate
 from hawq.testing import check_task
@@ -78,14 +79,13 @@ def cifar_batches(folder):
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     counts = {"data_batch_1": 3, "test_batch": 2}
-    batches = {
+    return {
         name: {
             "data": rng.integers(0, 256, (n, 3072), np.uint8),
             "labels": list(range(n)),
         }
         for name, n in counts.items()
     }
-    return batches
 
 
 def test_the_mosaics_are_cut_row_by_row(tmp_path):
@@ -105,13 +105,11 @@ def test_the_mosaics_are_cut_row_by_row(tmp_path):
 
 def test_an_incomplete_set_of_mosaics_is_refused(tmp_path):
     np.savez(tmp_path / "labels.npz", train=np.zeros(5, np.uint8), test=np.zeros(5, np.uint8))
-    with pytest.raises(InputError, match="must hold 5 train images in train_\\*.webp, got 0"):
+    with pytest.raises(InputError, match=r"must hold 5 train images in train_\*\.webp, got 0"):
         load_images("cifar10", str(tmp_path))
 
 
 def test_the_official_python_batches_are_read_through_torchvision(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
     folder = tmp_path / CIFAR10.base_folder
     batches = cifar_batches(folder)
     for name, batch in batches.items():

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import ray
@@ -133,8 +134,6 @@ class MortalTask(ClassificationTask):
 
 
 def _parent(path):
-    from pathlib import Path
-
     return Path(path).parent
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from search.errors import InputError
-from search.run import write_atomically
+from search.folder import write_atomically
 
 __all__ = ["load_weights", "read_state", "save_state", "state_sha256"]
 

@@ -1,0 +1,63 @@
+"""The README keeps its word: its example runs, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hawq.testing import check_task
+from search.config import SearchConfig, load_config
+from search.pipeline import STAGES, run
+from search.searchers import SEARCHERS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block(language, first_line):
+    for found in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL):
+        if found.startswith(first_line):
+            return found
+    raise AssertionError(f"the README has no {language} block that begins with {first_line!r}")
+
+
+@pytest.mark.ray
+def test_the_example_of_a_network_of_your_own_runs(ray_cluster, tmp_path, monkeypatch):
+    (tmp_path / "blobs.py").write_text(block("python", "# blobs.py"))
+    (tmp_path / "blobs.yaml").write_text(block("yaml", "# blobs.yaml"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import blobs  # noqa: PLC0415  it exists only now
+    import ray  # noqa: PLC0415
+
+    check_task(blobs.Blobs())
+    ray.cloudpickle.register_pickle_by_value(blobs)
+    summary = run(load_config(tmp_path / "blobs.yaml"), tmp_path / "run")
+    assert summary.test.unquantized.score > 0.8
+    assert len(summary.candidates.candidates) == 2 * len(SEARCHERS)
+
+
+def test_every_path_that_the_readme_names_exists():
+    named = set(re.findall(r"`((?:hawq|search|envs|configs|tests)/[\w./]*)", README))
+    assert len(named) > 10
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_picture_names_every_stage_and_method():
+    picture = README.split("```")[1]
+    for stage in STAGES:
+        assert stage.name in picture
+    for method in SEARCHERS:
+        assert method in picture
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_that_is_shipped_is_valid(path, monkeypatch):
+    monkeypatch.setenv("HAWQ_DATA", "/data")
+    load_config(path)
+
+
+def test_a_config_is_its_own_schema():
+    schema = SearchConfig.model_json_schema()
+    raw = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
+    assert raw.keys() <= schema["properties"].keys()
