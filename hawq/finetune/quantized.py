@@ -82,29 +82,39 @@ class ActivationQuantizer(nn.Module):
 
 
 class _LearnedStep(torch.autograd.Function):
-    """Fake quantization with LSQ's gradient for the scale, in one node of the graph."""
+    """Fake quantization with LSQ's gradient for the scale, in one node of the graph.
+
+    Written in place: activations are the largest tensors there are, and a pass over memory is
+    what a step of training pays for.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
         scale = scale.clamp_min(1e-12)
         ctx.save_for_backward(x, scale)
         ctx.bits, ctx.signed = bits, signed
-        return quantize(x, scale, bits, signed=signed)
+        if signed and bits == 1:
+            return quantize(x, scale, bits)
+        low, high = codes(bits, signed=signed)
+        return x.div(scale).round_().clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         low, high = codes(ctx.bits, signed=ctx.signed)
         ratio = x / scale
-        inside = (ratio >= low) & (ratio <= high)
+        clamped = ratio.clamp(low, high)
+        outside = clamped.ne(ratio)
         if ctx.signed and ctx.bits == 1:
-            slope = torch.where(x < 0, -1.0, 1.0)
+            slope = torch.where(x < 0, -1.0, 1.0).to(grad)
+        else:  # q − x/s inside, q outside
+            slope = clamped.round_().sub_(ratio.masked_fill_(outside, 0))
+        if scale.numel() == 1:
+            grad_scale = slope.flatten().dot(grad.flatten()).view(scale.shape)
         else:
-            slope = torch.clamp(ratio.round(), low, high)
-            slope = torch.where(inside, slope - ratio, slope)
+            grad_scale = (slope * grad).sum_to_size(scale.shape)
         per_scale = x.numel() // scale.numel()
-        grad_scale = (slope * grad).sum_to_size(scale.shape) / (per_scale * high) ** 0.5
-        return grad * inside, grad_scale, None, None
+        return grad.masked_fill(outside, 0), grad_scale / (per_scale * high) ** 0.5, None, None
 
 
 def attach(
