@@ -14,6 +14,7 @@ __all__ = [
     "Candidate",
     "CandidatesArtefact",
     "CurvatureArtefact",
+    "Difference",
     "EpochRecord",
     "FrontPoints",
     "ModelArtefact",
@@ -155,6 +156,15 @@ class Score(_Artefact):
     drop_standard_error: float = Field(description="Of the paired difference.")
 
 
+class Difference(_Artefact):
+    """Two candidates on the same test examples; the error is that of the paired difference."""
+
+    first: str = Field(description="Digest.")
+    second: str
+    difference: float = Field(description="Score of the first minus score of the second.")
+    standard_error: float
+
+
 class TestArtefact(_Artefact):
     """Scores on the test split, which nothing before has read."""
 
@@ -163,6 +173,16 @@ class TestArtefact(_Artefact):
     num_examples: int
     unquantized: Score
     scores: dict[str, Score] = Field(description="By the allocation's digest.")
+    differences: list[Difference] = Field(description="Of every two scored candidates, once.")
+
+    def paired(self, first: str, second: str) -> tuple[float, float]:
+        """Return the difference of two candidates' scores and its standard error."""
+        for pair in self.differences:
+            if (pair.first, pair.second) == (first, second):
+                return pair.difference, pair.standard_error
+            if (pair.second, pair.first) == (first, second):
+                return -pair.difference, pair.standard_error
+        raise KeyError(f"no paired difference of {first} and {second}")
 
 
 class StageCost(_Artefact):

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from search.artefacts import (
     Candidate,
     CandidatesArtefact,
     CurvatureArtefact,
+    Difference,
     FrontPoints,
     ModelArtefact,
     Score,
@@ -368,6 +370,10 @@ class Search:
                 spec.digest: _score(found, scores[0])
                 for spec, found in zip(specs, scores[1:], strict=True)
             },
+            differences=[
+                _difference(names[i], scores[i], names[j], scores[j])
+                for i, j in combinations(range(1, len(names)), 2)
+            ],
         )
 
     # what several stages need
@@ -470,6 +476,16 @@ def _score(found: Tensor, reference: Tensor) -> Score:
         standard_error=float(found.std() / root),
         drop=float(lost.mean()),
         drop_standard_error=float(lost.std() / root),
+    )
+
+
+def _difference(first: str, a: Tensor, second: str, b: Tensor) -> Difference:
+    gained = a - b
+    return Difference(
+        first=first,
+        second=second,
+        difference=float(gained.mean()),
+        standard_error=float(gained.std() / len(gained) ** 0.5),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from search.artefacts import Summary
 from search.config import load_config
@@ -105,6 +105,24 @@ def test_every_candidate_is_within_its_budget_and_keeps_its_pin(finished):
     for candidate in summary.candidates.candidates:
         assert candidate.weight_bits <= budget.limit_bits
         assert candidate.bits["w:conv1"] == 8
+
+
+def test_test_scores_are_paired_on_the_same_examples(finished):
+    folder, summary = finished
+    values = {k: v.double() for k, v in load_file(folder / "test_scores.safetensors").items()}
+    root = summary.test.num_examples**0.5
+    reference = values.pop("unquantized")
+    for digest, score in summary.test.scores.items():
+        lost = reference - values[digest]
+        assert score.score == pytest.approx(float(values[digest].mean()))
+        assert score.drop == pytest.approx(float(lost.mean()), abs=1e-6)
+        assert score.drop_standard_error == pytest.approx(float(lost.std()) / root, abs=1e-6)
+    first, second = list(summary.test.scores)[:2]
+    gained = values[first] - values[second]
+    difference, error = summary.test.paired(first, second)
+    assert difference == pytest.approx(float(gained.mean()), abs=1e-6)
+    assert error == pytest.approx(float(gained.std()) / root, abs=1e-6)
+    assert summary.test.paired(second, first) == (-difference, error)
 
 
 def test_a_finished_run_is_not_run_again(finished, config):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from hashlib import sha256
 from html.parser import HTMLParser
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from search.artefacts import (
     Candidate,
     CandidatesArtefact,
     CurvatureArtefact,
+    Difference,
     EpochRecord,
     FrontPoints,
     ModelArtefact,
@@ -189,6 +191,7 @@ def make_summary(
                 score=0.9173, standard_error=0.00275, drop=0.0, drop_standard_error=0.0
             ),
             scores=scores,
+            differences=differences(scores),
         ),
         stages=[
             StageCost(stage=stage, seconds=seconds, cpu_seconds=7.6 * seconds)
@@ -237,7 +240,24 @@ def with_scores(summary: Summary, drops: dict[str, tuple[float, float]]) -> Summ
             "drop": drop,
             "drop_standard_error": error,
         }
-    return changed(summary, test={"scores": scores})
+    found = {digest: Score.model_validate(score) for digest, score in scores.items()}
+    return changed(
+        summary,
+        test={"scores": scores, "differences": [d.model_dump() for d in differences(found)]},
+    )
+
+
+def differences(scores: dict[str, Score]) -> list[Difference]:
+    """Pair all scores; the error of a pair is the sum of both drops' errors."""
+    return [
+        Difference(
+            first=first,
+            second=second,
+            difference=scores[first].score - scores[second].score,
+            standard_error=scores[first].drop_standard_error + scores[second].drop_standard_error,
+        )
+        for first, second in combinations(scores, 2)
+    ]
 
 
 class Page(HTMLParser):
@@ -473,9 +493,9 @@ def test_each_caveat_appears_exactly_when_it_should(change, expected):
     assert Page(render(summary)).text["li"].count(expected[0]) == 1
 
 
-def test_a_difference_beyond_any_possible_error_is_called_outside_it():
+def test_a_difference_beyond_twice_its_error_is_called_outside_it():
     summary = make_summary(methods=("uniform", "hawq-v2"), budgets=(3,))
-    # The error of a difference is at most the sum of both errors, here 0.010: twice is 0.020.
+    # The error of the paired difference is 0.010 here: twice is 0.020.
     drops = {"uniform": (0.0501, 0.006), "hawq-v2": (0.03, 0.004)}
     assert "outside the error" in verdicts(with_scores(summary, drops))[0].difference
 
@@ -484,15 +504,14 @@ def test_a_difference_that_may_be_chance_is_called_inside_the_error():
     summary = make_summary(methods=("uniform", "hawq-v2"), budgets=(3,))
     drops = {"uniform": (0.0499, 0.006), "hawq-v2": (0.03, 0.004)}
     [verdict] = verdicts(with_scores(summary, drops))
-    assert "+1.99 points, is inside the error" in verdict.difference
-    assert "can be as large as 1.00" in verdict.difference
+    assert "+1.99 ± 1.00 points, is inside the error" in verdict.difference
 
 
 def test_no_error_and_no_difference_is_not_a_finding():
     summary = make_summary(methods=("uniform", "hawq-v2"), budgets=(3,))
     drops = {"uniform": (0.0, 0.0), "hawq-v2": (0.0, 0.0)}
     [verdict] = verdicts(with_scores(summary, drops))
-    assert "0.00 points, is inside the error" in verdict.difference
+    assert "0.00 ± 0.00 points, is inside the error" in verdict.difference
 
 
 def test_the_search_split_and_not_the_test_split_chooses_what_is_compared():

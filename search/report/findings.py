@@ -1,13 +1,12 @@
 """What the report claims in words.
 
-A claim compares two candidates on the same test examples. Their scores are correlated, and the
-artefacts hold each one's errors but not those of every pair, so a claim rests on a bound that
-holds whatever the correlation: the standard error of a difference is at most the sum of both.
+A claim compares two candidates on the same test examples, by the error of their paired
+difference; a difference of less than two standard errors is called what it is, inside the error.
 """
 
 from dataclasses import dataclass
 
-from search.artefacts import Score, Summary
+from search.artefacts import Score, Summary, TestArtefact
 from search.report.quantities import count, counted, mib, percent, plus_minus, points, significant
 from search.report.results import BudgetResults, Result, methods, results_by_budget
 
@@ -58,7 +57,7 @@ def verdicts(summary: Summary) -> list[Verdict]:
             budget=f"{group.budget.label} ({significant(mib(group.budget.limit_bits))} MiB, "
             f"{significant(group.budget.limit_bits / weights)} bits on average)",
             scores=_scores(group, summary.test.unquantized),
-            difference=_difference(group),
+            difference=_difference(group, summary.test),
         )
         for group in results_by_budget(summary)
     ]
@@ -83,23 +82,17 @@ def _scores(group: BudgetResults, unquantized: Score) -> str:
     return f"On the test split: {'; '.join([*compared, f'unquantized {_score(unquantized)}'])}."
 
 
-def _difference(group: BudgetResults) -> str:
-    scores = [result.test for result in _compared(group) if result.test is not None]
-    if len(scores) < 2:
-        agreed = len(scores) == 1 and len(group.results) > 1 and not _distinct(group)
+def _difference(group: BudgetResults, test: TestArtefact) -> str:
+    compared = _compared(group)
+    if len(compared) < 2:
+        agreed = len(compared) == 1 and len(group.results) > 1 and not _distinct(group)
         return "Every method chose this same allocation." if agreed else ""
-    difference = scores[0].score - scores[1].score
-    bound = min(
-        scores[0].drop_standard_error + scores[1].drop_standard_error,
-        scores[0].standard_error + scores[1].standard_error,
-    )
-    claim = f"The difference, {points(difference)} points, is"
-    if abs(difference) > 2 * bound:
-        return f"{claim} outside the error: its standard error is at most {percent(bound)}."
-    return (
-        f"{claim} inside the error: its standard error can be as large as {percent(bound)}, "
-        "and these scores do not tell the two apart."
-    )
+    first, second = (result.candidate.digest for result in compared)
+    difference, error = test.paired(first, second)
+    claim = f"The difference, {points(difference)} ± {percent(error)} points, is"
+    if abs(difference) > 2 * error:
+        return f"{claim} outside the error."
+    return f"{claim} inside the error: these scores do not tell the two apart."
 
 
 def _distinct(group: BudgetResults) -> bool:
