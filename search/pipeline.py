@@ -2,7 +2,7 @@
 
     model → curvature → tables → candidates → trials → test → report
 
-Read ``STAGES`` and ``run``, then any stage of ``search.stages`` alone.
+Read ``STAGES`` and ``run``, then any file of ``search/stages/`` alone.
 """
 
 import json
@@ -38,7 +38,8 @@ from search.events import EventLog, Listener
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
 from search.report import render
-from search.stages import Search
+from search.stages import candidates, curvature, model, tables, test, trials
+from search.stages.search import Search
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights
 
@@ -65,12 +66,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("model", ModelArtefact, Search.model_inputs, Search.make_model, uses_ray=True),
-    Stage("curvature", CurvatureArtefact, Search.curvature_inputs, Search.make_curvature, True),
-    Stage("tables", TablesArtefact, Search.tables_inputs, Search.make_tables),
-    Stage("candidates", CandidatesArtefact, Search.candidates_inputs, Search.make_candidates),
-    Stage("trials", TrialsArtefact, Search.trials_inputs, Search.make_trials, uses_ray=True),
-    Stage("test", TestArtefact, Search.test_inputs, Search.make_test, uses_ray=True),
+    Stage("model", ModelArtefact, model.inputs, model.make, uses_ray=True),
+    Stage("curvature", CurvatureArtefact, curvature.inputs, curvature.make, uses_ray=True),
+    Stage("tables", TablesArtefact, tables.inputs, tables.make),
+    Stage("candidates", CandidatesArtefact, candidates.inputs, candidates.make),
+    Stage("trials", TrialsArtefact, trials.inputs, trials.make, uses_ray=True),
+    Stage("test", TestArtefact, test.inputs, test.make, uses_ray=True),
 )
 
 
@@ -125,14 +126,14 @@ def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Searc
     """Build what the stages need, and find mistakes before anything is written."""
     refuse_unreachable(config.ray.address)
     task = build_task(config.task, config.seed)
-    model = task.model()
+    network = task.model()
     checkpoint = None
     if config.task.checkpoint is not None:
-        load_weights(model, Path(config.task.checkpoint))
-        checkpoint = model.state_dict()
+        load_weights(network, Path(config.task.checkpoint))
+        checkpoint = network.state_dict()
     example = task.inputs(task.batch("train", torch.arange(1)))
     try:
-        space = weight_space(model, example, config.weights.bits).pinned(config.weights.pin)
+        space = weight_space(network, example, config.weights.bits).pinned(config.weights.pin)
     except ValueError as error:
         raise InputError(f"weights: {error}") from error
     if task.size("train") <= config.curvature.batch_size:

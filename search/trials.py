@@ -90,6 +90,7 @@ def run_trial(
 
     A diverging training is a result with its reason, not an exception.
     """
+    started = time.process_time()
     model = quantized_model(task, state, spec).to(device)
     # Ranges come first into a fresh folder; a checkpoint brings its own.
     if not saved_epochs(spec.folder):
@@ -113,7 +114,7 @@ def run_trial(
             "reason": reason,
             "epochs": records,
             "seconds": sum(record.seconds for record in records),
-            "cpu_seconds": time.process_time(),
+            "cpu_seconds": time.process_time() - started,
         }
     )
     write_atomically(spec.folder / "result.json", trial.model_dump_json(indent=1))

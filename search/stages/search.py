@@ -1,0 +1,89 @@
+"""A search under way: what every stage reads."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hawq.space import Space
+from hawq.task import Task
+from search.artefacts import (
+    Candidate,
+    CandidatesArtefact,
+    CurvatureArtefact,
+    ModelArtefact,
+    TablesArtefact,
+    Trial,
+    TrialsArtefact,
+)
+from search.config import SearchConfig
+from search.events import EventLog
+from search.folder import RunFolder
+from search.tasks.checkpoint import read_state, save_state
+
+__all__ = ["Search"]
+
+
+@dataclass(slots=True)
+class Search:
+    """What the stages read, and the CPU time that their workers used.
+
+    Attributes:
+        config: As resolved.
+        task: Built from it.
+        space: What may be chosen.
+        checkpoint: Weights from the config's file; None where the network is trained here.
+        folder: The run's folder, with what earlier stages left there.
+        events: What happened.
+        worker_cpu_seconds: Of the stage under way.
+    """
+
+    config: SearchConfig
+    task: Task
+    space: Space
+    checkpoint: dict[str, Tensor] | None
+    folder: RunFolder
+    events: EventLog
+    worker_cpu_seconds: float = field(default=0.0)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers whose weights are searched."""
+        return [name.removeprefix("w:") for name in self.space.names]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The network's weights before quantization."""
+        return read_state(self.folder.path / "model.safetensors")
+
+    def save_weights(self, state: dict[str, Tensor]) -> None:
+        """Keep the weights that will be searched."""
+        save_state(self.folder.path / "model.safetensors", state)
+
+    @property
+    def model(self) -> ModelArtefact:
+        """What the model stage left."""
+        return self.folder.load("model", ModelArtefact)[0]
+
+    @property
+    def curvature(self) -> CurvatureArtefact:
+        """What the curvature stage left."""
+        return self.folder.load("curvature", CurvatureArtefact)[0]
+
+    @property
+    def tables(self) -> TablesArtefact:
+        """What the tables stage left."""
+        return self.folder.load("tables", TablesArtefact)[0]
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """What the candidates stage left."""
+        return self.folder.load("candidates", CandidatesArtefact)[0].candidates
+
+    @property
+    def trials(self) -> list[Trial]:
+        """What the trials stage left."""
+        return self.folder.load("trials", TrialsArtefact)[0].trials
+
+    def progress(self, stage: str, done: float, total: float, unit: str, message: str = "") -> None:
+        """Say how far a stage is."""
+        self.events.emit(stage, "progress", message, done=done, total=total, unit=unit)
