@@ -127,7 +127,9 @@ def main() -> None:
         app()
     except InputError as error:
         _fail(str(error), 2)
-    except OSError as error:
+    except OSError as raised:
+        # One from a worker arrives wrapped, with the original as its cause.
+        error = getattr(raised, "cause", raised)
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
             raise
         where = f"{error.filename}: " if error.filename else ""

@@ -148,6 +148,9 @@ def run_trials(
 
     Returns:
         Their results, in order; a trial whose worker died too often is one that failed.
+
+    Raises:
+        OSError: If a trial could not write its files.
     """
     pending = [spec for spec in specs if read_trial(spec.folder) is None]
     if pending:
@@ -198,10 +201,17 @@ def _trainable(
     cpus = tune.get_context().get_trial_resources().required_resources.get("CPU", 1)
     torch.set_num_threads(max(1, int(cpus)))
 
-    def on_epoch(record: EpochRecord) -> None:
+    def report(record: EpochRecord) -> None:
         tune.report({"epoch": record.epoch + 1, "search_score": record.search_score})
 
-    run_trial(task, state, spec, device=device, on_epoch=on_epoch)
+    def on_epoch(record: EpochRecord) -> None:
+        if record.epoch < spec.recipe.epochs:
+            report(record)
+
+    # The last epoch is reported once its result is on disk: nothing is left to stop early then.
+    trial = run_trial(task, state, spec, device=device, on_epoch=on_epoch)
+    if trial.epochs:
+        report(trial.epochs[-1])
 
 
 def _settled(spec: TrialSpec, error: Exception | None) -> Trial:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from search.artefacts import Summary
 from search.config import load_config
 from search.errors import InputError
 from search.events import read_events
 from search.pipeline import STAGES, run
+from search.tasks.classification import ClassificationTask
 from search.tasks.networks import SmallResNet
 
 pytestmark = pytest.mark.ray
@@ -199,6 +201,25 @@ def test_a_mistake_is_found_before_anything_is_written(config, tmp_path, overrid
     with pytest.raises(InputError, match=message):
         run(config(*overrides), out)
     assert not out.exists()
+
+
+class NothingToQuantize(ClassificationTask):
+    """A network of nothing but a batch-norm."""
+
+    def model(self):
+        return nn.Sequential(nn.BatchNorm2d(1), nn.Flatten())
+
+
+def make_nothing() -> NothingToQuantize:
+    return NothingToQuantize(data="digits", root=None, network="resnet8", search_size=100)
+
+
+def test_a_network_with_nothing_to_quantize_is_refused(config, tmp_path):
+    overrides = ["task.data=null", f"task.factory={__name__}:make_nothing"]
+    with pytest.raises(InputError, match="convolution or a linear layer") as caught:
+        run(config(*overrides), tmp_path / "run")
+    assert "BatchNorm2d, Flatten" in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_network_without_numbers_is_an_error_that_says_so(ray_cluster, config, tmp_path):

@@ -120,6 +120,28 @@ def test_tune_runs_every_trial_with_the_bits_of_this_process(ray_cluster, tmp_pa
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.ray
+def test_early_stopping_is_a_result_that_says_so(ray_cluster, tmp_path, state):
+    recipe = Recipe(epochs=8, batch_size=64, lr=0.01, examples_per_epoch=128)
+    layers = quantizable_layers(TASK.model())
+    specs = [
+        TrialSpec(str(bits), dict.fromkeys(layers, bits), 4, 8, recipe, 0, tmp_path / str(bits))
+        for bits in (8, 1)
+    ]
+    trials = run_trials(
+        TASK,
+        state,
+        specs,
+        # One after the other, so that there is something to compare the second with.
+        resources=TrialsConfig(cpus=1, asha=True, max_concurrent=1),
+        storage=tmp_path / "tune",
+    )
+    assert trials[0].status == "finished"
+    assert trials[1].status == "stopped"
+    assert trials[1].reason.startswith("stopped early after ")
+    assert 0 < len(trials[1].epochs) < 9
+
+
 class MortalTask(ClassificationTask):
     """Kills the process that trains it, once, in the second epoch."""
 
