@@ -127,14 +127,14 @@ def main() -> None:
         app()
     except InputError as error:
         _fail(str(error), 2)
-    except OSError as raised:
+    except OSError as error:
         # One from a worker arrives wrapped, with the original as its cause.
-        error = getattr(raised, "cause", raised)
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
+        cause: OSError = getattr(error, "cause", error)
+        if cause.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{cause.filename}: " if cause.filename else ""
         _fail(
-            f"{where}must be writable, got {error.strerror!r}: what is finished is kept; mend it "
+            f"{where}must be writable, got {cause.strerror!r}: what is finished is kept; mend it "
             "and run the same command again",
             2,
         )
