@@ -52,14 +52,14 @@ class ModelArtefact(_Artefact):
 class CurvatureArtefact(_Artefact):
     """Hessian traces of every layer's weight, with both of their standard errors."""
 
-    estimator: Literal["gauss_newton", "hutchinson"]
+    estimator: Literal["exact_gauss_newton", "gauss_newton", "hutchinson"]
     reason: str = Field(description="Why this estimator.")
     layers: list[str]
     num_elements: list[int]
     trace: list[float] = Field(description="Of the mean loss's Hessian block.")
     probe_error: list[float] = Field(description="Standard error over the random probes.")
     data_error: list[float] = Field(description="Standard error over the choice of examples.")
-    num_probes: int
+    num_probes: int = Field(description="On every example; 0 for the exact estimator.")
     num_examples: int
     rtol: float
     converged: bool = Field(description="Whether every probe error is at most rtol of its trace.")

@@ -92,8 +92,8 @@ class TaskConfig(_Section):
 class CurvatureConfig(_Section):
     """Hessian traces: on how many examples, to what error."""
 
-    estimator: Literal["auto", "gauss_newton", "hutchinson"] = Field(
-        "auto", description="auto: gauss_newton where it is exact, else hutchinson."
+    estimator: Literal["auto", "exact_gauss_newton", "gauss_newton", "hutchinson"] = Field(
+        "auto", description="auto: Gauss-Newton where it is the Hessian, else hutchinson."
     )
     examples: Positive = Field(512, description="Training examples.")
     batch_size: Positive = Field(32, description="Examples a unit of work.")

@@ -45,7 +45,7 @@ def assert_same_bits(actual, expected):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("estimator", ["gauss_newton", "hutchinson"])
+@pytest.mark.parametrize("estimator", ["exact_gauss_newton", "gauss_newton", "hutchinson"])
 def test_any_number_of_workers_gives_the_bits_of_one_process(
     ray_cluster, tmp_path, workers, estimator
 ):

@@ -2,6 +2,7 @@
 
 from hawq.curvature.choice import Choice, EstimatorName, choose_estimator
 from hawq.curvature.estimate import NonFiniteTraceError, TraceEstimate, UnitSums
+from hawq.curvature.exact import supports_exact
 from hawq.curvature.units import Reducer, TracePlan, estimate_traces, run_unit
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "choose_estimator",
     "estimate_traces",
     "run_unit",
+    "supports_exact",
 ]

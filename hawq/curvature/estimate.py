@@ -8,6 +8,9 @@ whoever computed them. With S_jk the trace of batch j's *summed* loss under prob
 
 its probe error comes from the spread of S_jk over k, and its data error from the spread of the
 batches' means, less what the probes put into it.
+
+An exact estimator has no probes. Its units hold the examples' own traces t_n, Tr = (1/N) Σ_n t_n
+without probe error, and the data error is that of a mean of N numbers.
 """
 
 from collections.abc import Sequence
@@ -30,9 +33,9 @@ class UnitSums:
     Attributes:
         batch: Which batch of examples.
         num_examples: Examples in it.
-        num_probes: Probes drawn on it.
-        total: Σ_k S_jk of each group, shape (G,).
-        square: Σ_k S_jk², shape (G,).
+        num_probes: Probes drawn on it; 0 for an exact estimator.
+        total: Σ_k S_jk of each group, shape (G,); Σ_n t_n where exact.
+        square: Σ_k S_jk², shape (G,); Σ_n t_n² where exact.
     """
 
     batch: int
@@ -48,6 +51,11 @@ class UnitSums:
             batch, num_examples, len(samples), samples.sum(0), np.square(samples).sum(0)
         )
 
+    @staticmethod
+    def exact(batch: int, examples: NDArray[np.float64]) -> "UnitSums":
+        """Sum the traces of single examples, shape (N, G)."""
+        return UnitSums(batch, len(examples), 0, examples.sum(0), np.square(examples).sum(0))
+
 
 @dataclass(frozen=True, slots=True)
 class TraceEstimate:
@@ -57,7 +65,7 @@ class TraceEstimate:
         trace: Traces, shape (G,), in loss per squared weight.
         probe_error: Standard error over the random probes, for these examples; same unit.
         data_error: Standard error over the choice of examples; same unit.
-        num_probes: Probes on every example.
+        num_probes: Probes on every example; 0 for an exact estimator.
         num_examples: Examples.
     """
 
@@ -78,7 +86,8 @@ def summarize(units: Sequence[UnitSums], names: Sequence[str]) -> TraceEstimate:
     """Add units up, in the order given.
 
     Args:
-        units: At least two batches, each with at least two probes and all with equally many.
+        units: At least two batches, each with at least two probes and all with equally many; or
+            exact ones.
         names: The groups' names, for errors.
 
     Raises:
@@ -96,16 +105,18 @@ def summarize(units: Sequence[UnitSums], names: Sequence[str]) -> TraceEstimate:
         probes[i] += unit.num_probes
         total[i] += unit.total
         square[i] += unit.square
-    if len(batches) < 2 or probes.min(initial=2) < 2 or len(set(probes.tolist())) > 1:
-        raise ValueError(
-            "an estimate needs at least 2 batches with at least 2 probes each, as many on each, "
-            f"got {len(batches)} batches with {sorted(set(probes.tolist()))} probes"
-        )
     finite = np.isfinite(total).all(0) & np.isfinite(square).all(0)
     if not finite.all():
         raise NonFiniteTraceError(
             f"the trace of {names[int(np.argmin(finite))]} must be finite, got NaN or infinity: "
             "the loss or its derivatives overflow on these examples"
+        )
+    if not probes.any():
+        return _summarize_exact(int(examples.sum()), total.sum(0), square.sum(0))
+    if len(batches) < 2 or probes.min() < 2 or len(set(probes.tolist())) > 1:
+        raise ValueError(
+            "an estimate needs at least 2 batches with at least 2 probes each, as many on each, "
+            f"got {len(batches)} batches with {sorted(set(probes.tolist()))} probes"
         )
     count, num_batches = int(probes[0]), len(batches)
     mean = total / count
@@ -120,3 +131,11 @@ def summarize(units: Sequence[UnitSums], names: Sequence[str]) -> TraceEstimate:
     return TraceEstimate(
         trace, np.sqrt(probe_variance), np.sqrt(data_variance), count, int(examples.sum())
     )
+
+
+def _summarize_exact(
+    num_examples: int, total: NDArray[np.float64], square: NDArray[np.float64]
+) -> TraceEstimate:
+    mean = total / num_examples
+    spread = np.maximum(square - num_examples * mean**2, 0) / (num_examples - 1)
+    return TraceEstimate(mean, np.zeros_like(mean), np.sqrt(spread / num_examples), 0, num_examples)

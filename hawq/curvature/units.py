@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hawq.curvature.choice import EstimatorName
 from hawq.curvature.estimate import NonFiniteTraceError, TraceEstimate, UnitSums, summarize
+from hawq.curvature.exact import exact_gauss_newton
 from hawq.curvature.gauss_newton import gauss_newton_samples
 from hawq.curvature.hutchinson import hutchinson_samples
 from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.probes import probe_seed
-from hawq.task import Task, moved
+from hawq.task import Factor, Task, moved
 
 __all__ = ["Reducer", "TracePlan", "estimate_traces", "run_unit"]
 
@@ -33,7 +34,8 @@ class TracePlan:
 
     Attributes:
         layers: Names of the layers whose weights are traced.
-        estimator: ``"gauss_newton"`` or ``"hutchinson"``.
+        estimator: ``"exact_gauss_newton"`` needs no probes, and the numbers of them do not matter;
+            ``"gauss_newton"``; ``"hutchinson"``.
         split: Split of the task that the examples come from.
         examples: Indices into it.
         batch_size: Examples a unit.
@@ -77,6 +79,8 @@ class TracePlan:
     @property
     def num_units(self) -> int:
         """Units if nothing stops early."""
+        if self.estimator == "exact_gauss_newton":
+            return self.num_batches
         return self.num_batches * (self.max_probes // self.probes_per_unit)
 
 
@@ -100,14 +104,23 @@ def run_unit(task: Task, model: nn.Module, plan: TracePlan, index: int) -> UnitS
     probes = range(visit * plan.probes_per_unit, (visit + 1) * plan.probes_per_unit)
     seeds = [probe_seed(plan.seed, batch_index, probe) for probe in probes]
     weights = weights_of(model, plan.layers)
+
+    def forward() -> tuple[Tensor, Sequence[Factor]]:
+        curvature = task.curvature(model, batch)
+        if curvature is None:
+            raise ValueError(f"{plan.estimator} needs the task's curvature(), got None")
+        finite = bool(torch.isfinite(curvature[0]).all())
+        _refuse_nonfinite(finite, "network's output", batch_index)
+        return curvature
+
     with differentiable(model, weights):
+        if plan.estimator == "exact_gauss_newton":
+            layers = {name: model.get_submodule(name) for name in plan.layers}
+            channels = exact_gauss_newton(forward, layers)
+            traces = torch.stack([rows.sum(1) for rows in channels], 1)
+            return UnitSums.exact(batch_index, traces.numpy())
         if plan.estimator == "gauss_newton":
-            curvature = task.curvature(model, batch)
-            if curvature is None:
-                raise ValueError("gauss_newton needs the task's curvature(), got None")
-            outputs, factors = curvature
-            _refuse_nonfinite(bool(torch.isfinite(outputs).all()), "network's output", batch_index)
-            samples = gauss_newton_samples(outputs, factors, weights, seeds)
+            samples = gauss_newton_samples(*forward(), weights, seeds)
         else:
             loss = task.losses(model, batch).sum()
             _refuse_nonfinite(bool(torch.isfinite(loss)), "loss", batch_index)

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hawq.curvature import Choice, Reducer, TracePlan, choose_estimator
+from hawq.curvature import Choice, Reducer, TracePlan, choose_estimator, supports_exact
 from search.artefacts import CurvatureArtefact
 from search.cluster import num_workers
+from search.errors import InputError
 from search.folder import content_hash
 from search.probes import UnitFile, estimate_on_workers
 from search.stages.search import Search
@@ -63,13 +64,25 @@ def make(search: Search) -> CurvatureArtefact:
 
 def _choice(search: Search) -> Choice:
     wanted = search.config.curvature.estimator
-    if wanted != "auto":
-        return Choice(wanted, "asked for by the config")
     model = search.task.model()
     model.load_state_dict(search.weights)
     size = min(_EXAMPLES_TO_CHOOSE_BY, search.task.size("train"))
     few = search.task.batch("train", torch.arange(size))
-    return choose_estimator(search.task, model, search.layers, few)
+    if wanted.endswith("gauss_newton") and search.task.curvature(model, few) is None:
+        raise InputError(
+            f"curvature.estimator: {wanted} needs a task that gives the factors of its loss's "
+            "Hessian, got none: use auto or hutchinson"
+        )
+    odd = [n for n in search.layers if not supports_exact(model.get_submodule(n))]
+    if wanted == "exact_gauss_newton" and odd:
+        raise InputError(
+            "curvature.estimator: exact_gauss_newton takes linear layers and 1-D and 2-D "
+            f"convolutions with zero padding, got {odd[0]}: use auto or gauss_newton"
+        )
+    if wanted != "auto":
+        return Choice(wanted, "asked for by the config")
+    rtol = search.config.curvature.rtol
+    return choose_estimator(search.task, model, search.layers, few, rtol=rtol)
 
 
 def _plan(search: Search, choice: Choice) -> TracePlan:
@@ -94,6 +107,9 @@ def _report(search: Search, reducer: Reducer) -> None:
     done = expected = plan.num_units - len(reducer.missing)
     if estimate is None:
         search.progress("curvature", done, plan.num_units, "units")
+        return
+    if not estimate.num_probes:
+        search.progress("curvature", plan.num_units, plan.num_units, "units", "no probe error")
         return
     relative = estimate.probe_error / np.maximum(np.abs(estimate.trace), 1e-300)
     rounds = estimate.num_probes // plan.probes_per_unit
