@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
@@ -16,7 +17,7 @@ _REACH_SECONDS = 5.0
 
 
 @contextmanager
-def connected(address: str | None, *, dashboard: bool) -> Iterator[str | None]:
+def connected(address: str | None, *, dashboard: bool) -> Iterator[str]:
     """Join a cluster, or start Ray on this machine; leave it afterwards.
 
     Args:
@@ -24,13 +25,13 @@ def connected(address: str | None, *, dashboard: bool) -> Iterator[str | None]:
         dashboard: Whether a local Ray gets the dashboard.
 
     Yields:
-        The dashboard's URL, where there is one.
+        Where to watch, in words.
 
     Raises:
         InputError: If nothing answers at the address.
     """
     if ray.is_initialized():  # someone else's, such as a test's: leave it running
-        yield None
+        yield "Ray was up already"
         return
     # Tune would turn Ctrl-C into a normal end; ours leaves a run that resumes.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -39,6 +40,8 @@ def connected(address: str | None, *, dashboard: bool) -> Iterator[str | None]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Else every worker without a GPU warns about a change of CUDA_VISIBLE_DEVICES to come.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray asks for a token by default and says so at length; the line that we yield is shorter.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     refuse_unreachable(address)
     try:
         context = ray.init(
@@ -53,10 +56,17 @@ def connected(address: str | None, *, dashboard: bool) -> Iterator[str | None]:
             f"got {str(error).strip().splitlines()[0]}"
         ) from error
     try:
-        url = context.dashboard_url
-        yield f"http://{url}" if url else None
+        yield _watch(context.dashboard_url)
     finally:
         ray.shutdown()
+
+
+def _watch(url: str | None) -> str:
+    if not url:
+        return "Ray is up, without a dashboard"
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    asked = os.environ.get("RAY_AUTH_MODE") != "disabled" and token.exists()
+    return f"Ray dashboard: http://{url}" + (f" (token: {token})" if asked else "")
 
 
 def num_workers(wanted: int | None, cpus: float, gpus: float) -> int:

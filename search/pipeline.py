@@ -7,8 +7,8 @@ Read ``STAGES`` and ``run``, then any file of ``search/stages/`` alone.
 
 import json
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,6 +103,7 @@ def run(
     if not force:
         _refuse_changes(search)
     with ExitStack() as stack:
+        stack.enter_context(_one_thread())
         stack.enter_context(folder.locked())
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_atomically(out / "config.yaml", resolved)
@@ -113,13 +114,22 @@ def run(
                 search.events.emit(stage.name, "skipped", "already there")
                 continue
             if stage.uses_ray and not connection_open:
-                url = stack.enter_context(
-                    connected(config.ray.address, dashboard=config.ray.dashboard)
-                )
-                search.events.emit("run", "note", f"Ray dashboard: {url}" if url else "Ray is up")
+                where = connected(config.ray.address, dashboard=config.ray.dashboard)
+                search.events.emit("run", "note", stack.enter_context(where))
                 connection_open = True
             _make(search, stage, inputs)
         return _report(search, name)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread here: the same bits on any machine, and workers keep their cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Search:
