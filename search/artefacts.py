@@ -61,6 +61,9 @@ class CurvatureArtefact(_Artefact):
     data_error: list[float] = Field(description="Standard error over the choice of examples.")
     num_probes: int = Field(description="On every example; 0 for the exact estimator.")
     num_examples: int
+    pool_size: int | None = Field(
+        description="Examples that these were drawn from by importance; null: drawn uniformly."
+    )
     rtol: float
     converged: bool = Field(description="Whether every probe error is at most rtol of its trace.")
     num_negative: int = Field(description="Negative traces; they count as zero in Ω.")

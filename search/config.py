@@ -96,6 +96,11 @@ class CurvatureConfig(_Section):
         "auto", description="auto: Gauss-Newton where it is the Hessian, else hutchinson."
     )
     examples: Positive = Field(512, description="Training examples.")
+    pool: Positive | None = Field(
+        16384,
+        description="Draw them by importance from so many (exact_gauss_newton only); "
+        "null: uniformly.",
+    )
     batch_size: Positive = Field(32, description="Examples a unit of work.")
     probes_per_unit: int = Field(4, ge=2, description="Probes a unit; they share a forward pass.")
     rtol: float = Field(

@@ -88,6 +88,7 @@ class UnitFile:
                     entry["num_probes"],
                     np.array(entry["total"]),
                     np.array(entry["square"]),
+                    np.array(entry["moment"]),
                 ),
             )
         if lines[-1]:
@@ -102,6 +103,7 @@ class UnitFile:
             "num_probes": unit.num_probes,
             "total": unit.total.tolist(),
             "square": unit.square.tolist(),
+            "moment": unit.moment.tolist(),
         }
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import TinyTask
 from torch import nn
 
+from hawq.curvature import draw_examples, output_curvature, supports_exact
 from hawq.curvature import exact as exact_module
-from hawq.curvature import supports_exact
 from hawq.curvature.estimate import UnitSums, summarize
 from hawq.curvature.exact import exact_gauss_newton
 from hawq.curvature.network import differentiable
@@ -155,9 +158,82 @@ def test_which_layers_can_be_taken_apart(layer, expected):
 
 def test_an_exact_estimate_has_no_probe_error_and_the_error_of_a_mean():
     values = np.random.default_rng(0).lognormal(size=(60, 3))
-    units = [UnitSums.exact(i, part) for i, part in enumerate(np.array_split(values, 7))]
+    units = [
+        UnitSums.exact(i, part, np.ones(len(part)))
+        for i, part in enumerate(np.array_split(values, 7))
+    ]
     estimate = summarize(units, ["a", "b", "c"])
     np.testing.assert_allclose(estimate.trace, values.mean(0))
     np.testing.assert_allclose(estimate.data_error, values.std(0, ddof=1) / 60**0.5)
     assert not estimate.probe_error.any()
     assert (estimate.num_probes, estimate.num_examples) == (0, 60)
+
+
+# importance
+
+
+def heavy_tailed(num, seed=0):
+    """Traces of which a few examples hold most, and a rough guess of them, as of the outputs."""
+    rng = np.random.default_rng(seed)
+    guess = rng.lognormal(sigma=2.5, size=num)
+    return guess * rng.lognormal(sigma=0.5, size=num), torch.from_numpy(guess)
+
+
+def estimate_by_importance(traces, guess, num, seed, pool_variance=0.0):
+    draw = draw_examples(guess, num, seed)
+    values = traces[list(draw.examples)][:, None]
+    units = [UnitSums.exact(0, values, np.array(draw.weights))]
+    return summarize(units, ["a"], pool_variance)
+
+
+def test_drawing_by_importance_is_unbiased_and_its_error_is_honest():
+    traces, guess = heavy_tailed(4000)
+    found = [estimate_by_importance(traces, guess, 200, seed) for seed in range(300)]
+    deviations = np.array([f.trace[0] - traces.mean() for f in found])
+    stated = np.sqrt(np.mean([f.data_error[0] ** 2 for f in found]))
+    assert abs(deviations.mean()) < 4 * deviations.std() / len(found) ** 0.5
+    # Systematic draws do better than the independent ones that the error is stated for.
+    assert 0.3 * stated < deviations.std() < 1.1 * stated
+    uniform = traces.std() / 200**0.5
+    assert stated < uniform / 3
+
+
+def test_the_pools_own_choice_is_in_the_error():
+    everyone, guess = heavy_tailed(60_000)
+    rng = np.random.default_rng(1)
+    deviations, stated = [], []
+    for seed in range(200):
+        pool = rng.choice(len(everyone), 1000, replace=False)
+        found = estimate_by_importance(
+            everyone[pool], guess[pool], 400, seed, 1 / 1000 - 1 / len(everyone)
+        )
+        deviations.append(found.trace[0] - everyone.mean())
+        stated.append(found.data_error[0])
+    ratio = np.std(deviations) / np.sqrt(np.mean(np.square(stated)))
+    assert 0.7 < ratio < 1.3
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.integers(1, 60), st.integers(0, 99))
+def test_a_draw_is_ascending_and_no_weight_exceeds_ten(curvature, num, seed):
+    draw = draw_examples(torch.tensor(curvature, dtype=torch.float64), num, seed)
+    assert len(draw.examples) == len(draw.weights) == num
+    assert list(draw.examples) == sorted(draw.examples)
+    assert draw.examples[0] >= 0
+    assert draw.examples[-1] < len(curvature)
+    assert max(draw.weights) <= 10 * (1 + 1e-9)
+    assert draw == draw_examples(torch.tensor(curvature, dtype=torch.float64), num, seed)
+
+
+@pytest.mark.parametrize("curvature", [[1.0, -1.0], [float("nan")], [float("inf")]])
+def test_curvature_that_is_no_share_is_refused(curvature):
+    with pytest.raises(ValueError, match="finite and not negative"):
+        draw_examples(torch.tensor(curvature), 3, 0)
+
+
+def test_the_outputs_curvature_of_softmax_is_one_minus_the_squared_norm():
+    task = TinyTask("relu")
+    batch = task.batch("train", torch.arange(6))
+    model = task.model().eval()
+    p = task.curvature(model, batch)[0].softmax(1).double()
+    expected = 1 - p.square().sum(1)
+    torch.testing.assert_close(output_curvature(task, model, batch), expected, rtol=1e-5, atol=1e-7)

@@ -137,7 +137,7 @@ def test_a_stopped_estimation_goes_on_where_it_stopped(ray_cluster, tmp_path):
 
 def test_units_of_other_inputs_are_discarded(tmp_path):
     path = tmp_path / "units.jsonl"
-    unit = UnitSums(0, 4, 2, np.array([1 / 3, 2.0]), np.array([1e-300, 5.0]))
+    unit = UnitSums(0, 4, 2, np.array([1 / 3, 2.0]), np.array([1e-300, 5.0]), np.zeros(2))
     file = UnitFile(path, "a")
     assert list(file.read()) == []
     file.append(7, unit)

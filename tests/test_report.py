@@ -155,6 +155,7 @@ def make_summary(
             probe_error=[0.012 * t for t in trace],
             data_error=[draw.uniform(0.03, 0.3) * t for t in trace],
             num_probes=48,
+            pool_size=None,
             num_examples=1024,
             rtol=0.02,
             converged=True,

@@ -9,8 +9,10 @@ whoever computed them. With S_jk the trace of batch j's *summed* loss under prob
 its probe error comes from the spread of S_jk over k, and its data error from the spread of the
 batches' means, less what the probes put into it.
 
-An exact estimator has no probes. Its units hold the examples' own traces t_n, Tr = (1/N) Σ_n t_n
-without probe error, and the data error is that of a mean of N numbers.
+An exact estimator has no probes. Its units hold the examples' own traces t_n with their weights
+w_n (1 unless the examples were drawn by importance), Tr = (1/N) Σ_n w_n t_n without probe error,
+and the data error is that of a mean of N numbers. Where the N were drawn from a pool, the pool's
+own choice is added: its mean varies with Var(t), for which (1/N) Σ_n w_n t_n² − Tr² stands.
 """
 
 from collections.abc import Sequence
@@ -34,8 +36,9 @@ class UnitSums:
         batch: Which batch of examples.
         num_examples: Examples in it.
         num_probes: Probes drawn on it; 0 for an exact estimator.
-        total: Σ_k S_jk of each group, shape (G,); Σ_n t_n where exact.
-        square: Σ_k S_jk², shape (G,); Σ_n t_n² where exact.
+        total: Σ_k S_jk of each group, shape (G,); Σ_n w_n t_n where exact.
+        square: Σ_k S_jk², shape (G,); Σ_n (w_n t_n)² where exact.
+        moment: Σ_n w_n t_n², shape (G,), where exact; else zeros.
     """
 
     batch: int
@@ -43,18 +46,29 @@ class UnitSums:
     num_probes: int
     total: NDArray[np.float64]
     square: NDArray[np.float64]
+    moment: NDArray[np.float64]
 
     @staticmethod
     def of(batch: int, num_examples: int, samples: NDArray[np.float64]) -> "UnitSums":
         """Sum samples, shape (K, G)."""
-        return UnitSums(
-            batch, num_examples, len(samples), samples.sum(0), np.square(samples).sum(0)
-        )
+        total = samples.sum(0)
+        square = np.square(samples).sum(0)
+        return UnitSums(batch, num_examples, len(samples), total, square, np.zeros_like(total))
 
     @staticmethod
-    def exact(batch: int, examples: NDArray[np.float64]) -> "UnitSums":
-        """Sum the traces of single examples, shape (N, G)."""
-        return UnitSums(batch, len(examples), 0, examples.sum(0), np.square(examples).sum(0))
+    def exact(
+        batch: int, examples: NDArray[np.float64], weights: NDArray[np.float64]
+    ) -> "UnitSums":
+        """Sum the traces of single examples, shape (N, G), with weights, shape (N,)."""
+        weighted = weights[:, None] * examples
+        return UnitSums(
+            batch,
+            len(examples),
+            0,
+            weighted.sum(0),
+            np.square(weighted).sum(0),
+            (weighted * examples).sum(0),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +96,17 @@ class TraceEstimate:
         return allowed
 
 
-def summarize(units: Sequence[UnitSums], names: Sequence[str]) -> TraceEstimate:
+def summarize(
+    units: Sequence[UnitSums], names: Sequence[str], pool_variance: float = 0.0
+) -> TraceEstimate:
     """Add units up, in the order given.
 
     Args:
         units: At least two batches, each with at least two probes and all with equally many; or
             exact ones.
         names: The groups' names, for errors.
+        pool_variance: Of exact units drawn from a pool: variance of the pool's mean as a multiple
+            of the examples' variance, 1/M − 1/P for M of P examples.
 
     Raises:
         ValueError: If there are too few batches or probes.
@@ -98,13 +116,14 @@ def summarize(units: Sequence[UnitSums], names: Sequence[str]) -> TraceEstimate:
     shape = (len(batches), len(names))
     row = {batch: i for i, batch in enumerate(batches)}
     examples, probes = np.zeros(len(batches)), np.zeros(len(batches), np.int64)
-    total, square = np.zeros(shape), np.zeros(shape)
+    total, square, moment = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for unit in units:
         i = row[unit.batch]
         examples[i] = unit.num_examples
         probes[i] += unit.num_probes
         total[i] += unit.total
         square[i] += unit.square
+        moment[i] += unit.moment
     finite = np.isfinite(total).all(0) & np.isfinite(square).all(0)
     if not finite.all():
         raise NonFiniteTraceError(
@@ -112,7 +131,8 @@ def summarize(units: Sequence[UnitSums], names: Sequence[str]) -> TraceEstimate:
             "the loss or its derivatives overflow on these examples"
         )
     if not probes.any():
-        return _summarize_exact(int(examples.sum()), total.sum(0), square.sum(0))
+        sums = total.sum(0), square.sum(0), moment.sum(0)
+        return _summarize_exact(int(examples.sum()), *sums, pool_variance)
     if len(batches) < 2 or probes.min() < 2 or len(set(probes.tolist())) > 1:
         raise ValueError(
             "an estimate needs at least 2 batches with at least 2 probes each, as many on each, "
@@ -134,8 +154,13 @@ def summarize(units: Sequence[UnitSums], names: Sequence[str]) -> TraceEstimate:
 
 
 def _summarize_exact(
-    num_examples: int, total: NDArray[np.float64], square: NDArray[np.float64]
+    num_examples: int,
+    total: NDArray[np.float64],
+    square: NDArray[np.float64],
+    moment: NDArray[np.float64],
+    pool_variance: float,
 ) -> TraceEstimate:
     mean = total / num_examples
-    spread = np.maximum(square - num_examples * mean**2, 0) / (num_examples - 1)
-    return TraceEstimate(mean, np.zeros_like(mean), np.sqrt(spread / num_examples), 0, num_examples)
+    drawn = np.maximum(square - num_examples * mean**2, 0) / (num_examples - 1) / num_examples
+    pool = pool_variance * np.maximum(moment / num_examples - mean**2, 0)
+    return TraceEstimate(mean, np.zeros_like(mean), np.sqrt(drawn + pool), 0, num_examples)

@@ -10,6 +10,7 @@ of machine, torch and number of threads a worker.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +45,9 @@ class TracePlan:
             at least ten degrees of freedom (batches × (probes − 1)) …
         max_probes: … or when each example has seen this many probes.
         seed: Seed of all probes.
+        weights: Of the examples, where they were drawn by importance; empty where all count alike.
+            Only the exact estimator takes them.
+        pool_variance: Of the pool that they were drawn from; see ``summarize``.
 
     Raises:
         ValueError: If a number is too small for an error to be estimated.
@@ -58,8 +62,17 @@ class TracePlan:
     rtol: float
     max_probes: int
     seed: int
+    weights: tuple[float, ...] = ()
+    pool_variance: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.weights and (
+            len(self.weights) != len(self.examples) or self.estimator != "exact_gauss_newton"
+        ):
+            raise ValueError(
+                "weights must be one an example, for the exact estimator, "
+                f"got {len(self.weights)} for {len(self.examples)} and {self.estimator}"
+            )
         if self.probes_per_unit < 2 or self.max_probes < self.probes_per_unit:
             raise ValueError(
                 "probes_per_unit must be at least 2 and max_probes not less, "
@@ -118,7 +131,8 @@ def run_unit(task: Task, model: nn.Module, plan: TracePlan, index: int) -> UnitS
             layers = {name: model.get_submodule(name) for name in plan.layers}
             channels = exact_gauss_newton(forward, layers)
             traces = torch.stack([rows.sum(1) for rows in channels], 1)
-            return UnitSums.exact(batch_index, traces.numpy())
+            weights_here = plan.weights[first : first + plan.batch_size] or (1.0,) * len(traces)
+            return UnitSums.exact(batch_index, traces.numpy(), np.array(weights_here))
         if plan.estimator == "gauss_newton":
             samples = gauss_newton_samples(*forward(), weights, seeds)
         else:
@@ -155,7 +169,7 @@ class Reducer:
         ):
             self._rounds += 1
             prefix = [self._units[i] for i in range(self._rounds * width)]
-            self.estimate = summarize(prefix, self.plan.layers)
+            self.estimate = summarize(prefix, self.plan.layers, self.plan.pool_variance)
             freedom = width * (self.estimate.num_probes - 1)
             self.finished = self._rounds * width >= self.plan.num_units or (
                 freedom >= _MIN_FREEDOM and bool(self.estimate.converged(self.plan.rtol).all())
