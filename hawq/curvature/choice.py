@@ -71,7 +71,8 @@ def choose_estimator(
             z = rademacher(weights[i].shape, generator, weights[i])
             hessian = _hessian_product(loss, weights[i], z)
             gauss_newton = _gauss_newton_product(outputs, factors, weights[i], z)
-            if abs(hessian - gauss_newton) > _AGREEMENT * max(abs(hessian), abs(gauss_newton)):
+            size = max(abs(hessian), abs(gauss_newton))
+            if not abs(hessian - gauss_newton) <= _AGREEMENT * size:  # a NaN agrees with nothing
                 return Choice(
                     "hutchinson",
                     f"a Hessian-vector product disagrees with Gauss–Newton in {layers[i]}: "

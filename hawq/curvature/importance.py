@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hawq.curvature.estimate import NonFiniteTraceError
 from hawq.task import Batch, Task
 
 __all__ = ["Draw", "draw_examples", "output_curvature"]
@@ -50,11 +51,17 @@ def output_curvature(task: Task, model: nn.Module, batch: Batch) -> Tensor:
 
     Raises:
         ValueError: If the task gives no factors.
+        NonFiniteTraceError: If an output is NaN or infinite.
     """
     curvature = task.curvature(model, batch)
     if curvature is None:
         raise ValueError("output_curvature needs the task's curvature(), got None")
     outputs, factors = curvature
+    if not bool(torch.isfinite(outputs).all()):
+        raise NonFiniteTraceError(
+            "the network's output must be finite, got NaN or infinity: "
+            "check the checkpoint and the input normalization"
+        )
     found = torch.zeros(len(outputs), dtype=torch.float64)
     for factor in factors:
         for column in range(factor.rank):
