@@ -153,39 +153,57 @@ def run_trials(
         OSError: If a trial could not write its files.
     """
     pending = [spec for spec in specs if read_trial(spec.folder) is None]
+    ended = {}
     if pending:
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        device = "cuda" if resources.gpus else "cpu"
-        trainable = tune.with_resources(
-            tune.with_parameters(
-                _trainable, task=task, state=dict(state), specs=pending, device=device
-            ),
-            {"cpu": resources.cpus, "gpu": resources.gpus},
-        )
-        most = max(spec.recipe.epochs for spec in pending)
-        asha = ASHAScheduler(time_attr="epoch", max_t=most + 1, grace_period=1)
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"index": tune.grid_search(list(range(len(pending))))},
-            tune_config=tune.TuneConfig(
-                metric="search_score",
-                mode="max",
-                scheduler=asha if resources.asha else FIFOScheduler(),
-                max_concurrent_trials=resources.max_concurrent,
-                reuse_actors=True,  # else every trial imports torch and Ray again
-            ),
-            run_config=tune.RunConfig(
-                name=f"trials-{int(time.time())}",
-                storage_path=str(storage.resolve()),
-                failure_config=tune.FailureConfig(max_failures=resources.max_failures),
-                callbacks=[_Watcher(specs, on_progress)],
-                verbose=0,
-            ),
-        )
-        grid = tuner.fit()
-        ended = {spec.folder: _settled(spec, grid[i].error) for i, spec in enumerate(pending)}
+        watcher = _Watcher(specs, on_progress)
+        grid = _tuner(task, state, pending, resources, storage, watcher).fit()
+        for i, spec in enumerate(pending):
+            cause = getattr(grid[i].error, "cause", grid[i].error)
+            if isinstance(cause, OSError):  # a full disk is no property of a candidate
+                raise cause
+            ended[spec.folder] = _settled(spec, grid[i].error)
     return [read_trial(spec.folder) or ended[spec.folder] for spec in specs]
+
+
+def _tuner(
+    task: Task,
+    state: Mapping[str, Tensor],
+    specs: Sequence[TrialSpec],
+    resources: TrialsConfig,
+    storage: Path,
+    watcher: tune.Callback,
+) -> tune.Tuner:
+    parameters = {
+        "task": task,
+        "state": dict(state),
+        "specs": specs,
+        "device": "cuda" if resources.gpus else "cpu",
+    }
+    most = max(spec.recipe.epochs for spec in specs)
+    asha = ASHAScheduler(time_attr="epoch", max_t=most + 1, grace_period=1)
+    return tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_trainable, **parameters),
+            {"cpu": resources.cpus, "gpu": resources.gpus},
+        ),
+        param_space={"index": tune.grid_search(list(range(len(specs))))},
+        tune_config=tune.TuneConfig(
+            metric="search_score",
+            mode="max",
+            scheduler=asha if resources.asha else FIFOScheduler(),
+            max_concurrent_trials=resources.max_concurrent,
+            reuse_actors=True,  # else every trial imports torch and Ray again
+        ),
+        run_config=tune.RunConfig(
+            name=f"trials-{int(time.time())}",
+            storage_path=str(storage.resolve()),
+            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
+            callbacks=[watcher],
+            verbose=0,
+        ),
+    )
 
 
 def _trainable(

@@ -142,6 +142,51 @@ def test_early_stopping_is_a_result_that_says_so(ray_cluster, tmp_path, state):
     assert 0 < len(trials[1].epochs) < 9
 
 
+class FullDisk(ClassificationTask):
+    """Finds no space, whenever it is trained."""
+
+    def augment(self, batch, generator):
+        raise OSError(28, "No space left on device", "checkpoint.pt")
+
+
+@pytest.mark.ray
+def test_a_full_disk_is_told_and_is_no_result(ray_cluster, tmp_path, state):
+    task = FullDisk(data="digits", root=None, network="resnet8", search_size=100)
+    spec = make_spec(tmp_path / "t")
+    with pytest.raises(OSError, match="No space left") as caught:
+        run_trials(
+            task,
+            state,
+            [spec],
+            resources=TrialsConfig(cpus=1, max_failures=0),
+            storage=tmp_path / "tune",
+        )
+    assert caught.value.errno == 28
+    assert not (spec.folder / "result.json").exists()
+
+
+class BrokenTask(ClassificationTask):
+    """Has a mistake in its augmentation."""
+
+    def augment(self, batch, generator):
+        raise KeyError("no such thing")
+
+
+@pytest.mark.ray
+def test_a_trial_that_cannot_run_is_a_record_and_is_tried_again_next_time(
+    ray_cluster, tmp_path, state
+):
+    settings = {"data": "digits", "root": None, "network": "resnet8", "search_size": 100}
+    spec = make_spec(tmp_path / "t")
+    resources = TrialsConfig(cpus=1, max_failures=0)
+    arguments = {"resources": resources, "storage": tmp_path / "tune"}
+    (trial,) = run_trials(BrokenTask(**settings), state, [spec], **arguments)
+    assert trial.status == "failed"
+    assert "no such thing" in trial.reason
+    (again,) = run_trials(TASK, state, [spec], **arguments)
+    assert again.status == "finished"
+
+
 class MortalTask(ClassificationTask):
     """Kills the process that trains it, once, in the second epoch."""
 
