@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from search.artefacts import StageCost
 from search.errors import InputError
@@ -90,11 +90,24 @@ class RunFolder:
         return None if document is None else document["inputs"]
 
     def load(self, stage: str, kind: type[Result]) -> tuple[Result, StageCost]:
-        """Read a stage's artefact."""
+        """Read a stage's artefact.
+
+        Raises:
+            InputError: If there is none, or another version of the program wrote it.
+        """
         document = self._read(stage)
         if document is None:
             raise InputError(f"{self.artefact(stage)} must exist, got nothing: run the stage first")
-        return kind.model_validate(document["result"]), StageCost.model_validate(document["cost"])
+        try:
+            result = kind.model_validate(document["result"])
+            return result, StageCost.model_validate(document["cost"])
+        except ValidationError as error:
+            path = ".".join(map(str, error.errors()[0]["loc"]))
+            raise InputError(
+                f"{self.artefact(stage)} must be an artefact of this version, "
+                f"got another form of {path or stage!r}: delete it to run the stage again, "
+                "or give another --out"
+            ) from error
 
     def changes(self, stage: str, config: Mapping[str, Any]) -> list[str]:
         """Say how a stage's part of the config differs from the one its artefact was made with.

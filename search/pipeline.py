@@ -211,22 +211,23 @@ def _report(search: Search, name: str) -> Summary:
     """Write the summary and the page that shows it."""
     folder = search.folder
     loaded = {stage.name: folder.load(stage.name, stage.artefact) for stage in STAGES}
-    document = {
-        "name": name,
-        "seed": search.config.seed,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
-        "config": search.config.model_dump(mode="json"),
-        **{stage: result.model_dump(mode="json") for stage, (result, _) in loaded.items()},
-        "stages": [cost.model_dump() for _, cost in loaded.values()],
-    }
-    summary = Summary.model_validate(document)
+    summary = Summary.model_validate(
+        {
+            "name": name,
+            "seed": search.config.seed,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "versions": versions(),
+            "config": search.config.model_dump(mode="json"),
+            **{stage: result.model_dump(mode="json") for stage, (result, _) in loaded.items()},
+            "stages": [cost.model_dump() for _, cost in loaded.values()],
+        }
+    )
     path = folder.path / "summary.json"
-    if path.exists():
-        old = Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        if old.model_copy(update={"finished": summary.finished}) == summary:
-            summary = old
+    if path.exists():  # a run that only finds everything there did not finish again
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old == summary.model_dump(mode="json") | {"finished": old.get("finished")}:
+            summary = Summary.model_validate(old)
     write_atomically(path, summary.model_dump_json(indent=1))
     write_atomically(folder.path / "report.html", render(summary))
     search.events.emit("report", "finished", str(folder.path / "report.html"))

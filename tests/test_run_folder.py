@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.artefacts import StageCost, TrialsArtefact
+from search.artefacts import CurvatureArtefact, StageCost, TrialsArtefact
 from search.errors import InputError
 from search.events import Event, EventLog, read_events
 from search.folder import RunFolder, content_hash, write_atomically
@@ -49,6 +49,13 @@ def test_a_damaged_artefact_is_named_with_the_remedy(tmp_path):
     (tmp_path / "trials.json").write_text("{")
     with pytest.raises(InputError, match="delete it to run the stage again"):
         RunFolder(tmp_path).load("trials", TrialsArtefact)
+
+
+def test_an_artefact_of_another_version_is_named_with_the_remedy(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.save("trials", {"config": {}}, EMPTY, COST)
+    with pytest.raises(InputError, match=r"trials\.json must be an artefact of this version"):
+        folder.load("trials", CurvatureArtefact)
 
 
 def test_a_folder_serves_one_driver_at_a_time(tmp_path):
