@@ -30,7 +30,7 @@ TINY = {
         "search_size": 100,
         "pretrain": {"epochs": 2, "batch_size": 64, "lr": 0.05},
     },
-    "curvature": {"examples": 128, "batch_size": 32, "rtol": 0.2},
+    "curvature": {"examples": 128, "batch_size": 8, "rtol": 0.1},
     "weights": {"bits": [2, 3, 4, 8], "pin": {"conv1": 8}},
     "budgets": [{"average_bits": 3}],
     "finetune": {"epochs": 1, "batch_size": 64, "lr": 0.02},
@@ -67,6 +67,7 @@ def essence(summary):
         "space": found["tables"]["space"],
         "estimator": found["curvature"]["estimator"],
         "num_probes": found["curvature"]["num_probes"],
+        "pool_size": found["curvature"]["pool_size"],
         "trace": [float(f"{value:.4g}") for value in found["curvature"]["trace"]],
         "candidates": [{k: c[k] for k in keep} for c in found["candidates"]["candidates"]],
         "search_score": found["model"]["search_score"],
@@ -144,9 +145,9 @@ def test_a_config_that_would_throw_work_away_is_refused_by_name(finished, config
     folder, _ = finished
     before = (folder / "config.yaml").read_text()
     with pytest.raises(InputError) as caught:
-        run(config("curvature.rtol=0.1"), folder)
+        run(config("curvature.rtol=0.05"), folder)
     assert "stage 'curvature' was made with another config" in str(caught.value)
-    assert "curvature.rtol was 0.2, is 0.1" in str(caught.value)
+    assert "curvature.rtol was 0.1, is 0.05" in str(caught.value)
     assert "--force" in str(caught.value)
     assert (folder / "config.yaml").read_text() == before
 

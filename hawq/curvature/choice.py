@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from hawq.curvature.exact import supports_exact
 from hawq.curvature.linearity import nonlinearities
-from hawq.curvature.network import differentiable, weights_of
+from hawq.curvature.network import differentiable, refuse_nonfinite, weights_of
 from hawq.curvature.probes import probe_seed, rademacher
 from hawq.task import Batch, Factor, Task, moved
 
@@ -50,6 +50,9 @@ def choose_estimator(
         layers: Names of the layers whose weights are traced.
         batch: A few examples to look at.
         rtol: Relative probe error that will be asked for.
+
+    Raises:
+        NonFiniteTraceError: If an output is NaN or infinite.
     """
     twin = copy.deepcopy(model).double()
     weights = weights_of(twin, layers)
@@ -60,6 +63,7 @@ def choose_estimator(
         if curvature is None:
             return Choice("hutchinson", "the task gives no factor of its loss's Hessian")
         outputs, factors = curvature
+        refuse_nonfinite(outputs, "network's output")
         found = nonlinearities(outputs, weights)
         if found:
             return Choice(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hawq.curvature.estimate import NonFiniteTraceError
+from hawq.curvature.network import refuse_nonfinite
 from hawq.task import Batch, Task
 
 __all__ = ["Draw", "draw_examples", "output_curvature"]
@@ -57,11 +57,7 @@ def output_curvature(task: Task, model: nn.Module, batch: Batch) -> Tensor:
     if curvature is None:
         raise ValueError("output_curvature needs the task's curvature(), got None")
     outputs, factors = curvature
-    if not bool(torch.isfinite(outputs).all()):
-        raise NonFiniteTraceError(
-            "the network's output must be finite, got NaN or infinity: "
-            "check the checkpoint and the input normalization"
-        )
+    refuse_nonfinite(outputs, "network's output", "the pool")
     found = torch.zeros(len(outputs), dtype=torch.float64)
     for factor in factors:
         for column in range(factor.rank):

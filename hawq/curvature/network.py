@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
+from hawq.curvature.estimate import NonFiniteTraceError
 from hawq.space import evaluating
 
-__all__ = ["differentiable", "weights_of"]
+__all__ = ["differentiable", "refuse_nonfinite", "weights_of"]
 
 
 def weights_of(model: nn.Module, layers: Sequence[str]) -> list[Tensor]:
@@ -37,3 +39,21 @@ def differentiable(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def refuse_nonfinite(values: Tensor, what: str, where: str = "the first examples") -> None:
+    """Refuse a loss or an output that is no number.
+
+    Args:
+        values: What must be finite.
+        what: Its name.
+        where: On which examples.
+
+    Raises:
+        NonFiniteTraceError: If a value is NaN or infinite.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteTraceError(
+            f"the {what} must be finite, got NaN or infinity in {where}: "
+            "check the checkpoint and the input normalization"
+        )

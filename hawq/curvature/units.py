@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hawq.curvature.choice import EstimatorName
-from hawq.curvature.estimate import NonFiniteTraceError, TraceEstimate, UnitSums, summarize
+from hawq.curvature.estimate import TraceEstimate, UnitSums, summarize
 from hawq.curvature.exact import exact_gauss_newton
 from hawq.curvature.gauss_newton import gauss_newton_samples
 from hawq.curvature.hutchinson import hutchinson_samples
-from hawq.curvature.network import differentiable, weights_of
+from hawq.curvature.network import differentiable, refuse_nonfinite, weights_of
 from hawq.curvature.probes import probe_seed
 from hawq.task import Factor, Task, moved
 
@@ -122,8 +122,7 @@ def run_unit(task: Task, model: nn.Module, plan: TracePlan, index: int) -> UnitS
         curvature = task.curvature(model, batch)
         if curvature is None:
             raise ValueError(f"{plan.estimator} needs the task's curvature(), got None")
-        finite = bool(torch.isfinite(curvature[0]).all())
-        _refuse_nonfinite(finite, "network's output", batch_index)
+        refuse_nonfinite(curvature[0], "network's output", f"batch {batch_index}")
         return curvature
 
     with differentiable(model, weights):
@@ -137,7 +136,7 @@ def run_unit(task: Task, model: nn.Module, plan: TracePlan, index: int) -> UnitS
             samples = gauss_newton_samples(*forward(), weights, seeds)
         else:
             loss = task.losses(model, batch).sum()
-            _refuse_nonfinite(bool(torch.isfinite(loss)), "loss", batch_index)
+            refuse_nonfinite(loss, "loss", f"batch {batch_index}")
             samples = hutchinson_samples(loss, weights, seeds)
     return UnitSums.of(batch_index, len(examples), samples)
 
@@ -192,11 +191,3 @@ def estimate_traces(task: Task, model: nn.Module, plan: TracePlan) -> TraceEstim
             break
     assert reducer.estimate is not None
     return reducer.estimate
-
-
-def _refuse_nonfinite(is_finite: bool, what: str, batch: int) -> None:
-    if not is_finite:
-        raise NonFiniteTraceError(
-            f"the {what} must be finite, got NaN or infinity in batch {batch}: "
-            "check the checkpoint and the input normalization"
-        )
