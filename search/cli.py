@@ -50,7 +50,7 @@ def run(
     ] = False,
 ) -> None:
     """Search: traces, fronts, candidates, fine-tuning, report. Run again to go on."""
-    from search.config import load_config  # noqa: PLC0415  torch takes seconds; --help should not
+    from search.config_file import load_config  # noqa: PLC0415  torch takes seconds; --help should not
 
     extra = [f"ray.address={json.dumps(address)}"] if address is not None else []
     loaded = load_config(config, [*(overrides or []), *extra])
@@ -81,7 +81,7 @@ def init(
     path: Annotated[Path, typer.Argument(help="File to write")] = Path("search.yaml"),
 ) -> None:
     """Write a commented config for a search of your own."""
-    from search.config import template  # noqa: PLC0415
+    from search.config_file import template  # noqa: PLC0415
 
     if path.exists():
         raise InputError(f"{path}: must not exist yet, got a file: choose another name")

@@ -40,7 +40,11 @@ def ray_cluster() -> Iterator[None]:
     import ray  # noqa: PLC0415 (only the tests that ask for a cluster pay for it)
 
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20
+        address="local",  # never someone's cluster that was left on this machine
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 << 20,
     )
     yield
     ray.shutdown()

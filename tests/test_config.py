@@ -8,7 +8,8 @@ from pydantic.fields import FieldInfo
 
 from hawq.finetune import Recipe
 from hawq.space import Group, Space
-from search.config import Budget, RecipeConfig, SearchConfig, load_config, template
+from search.config import Budget, RecipeConfig, SearchConfig
+from search.config_file import load_config, template
 from search.errors import InputError
 from search.searchers import SEARCHERS
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from search.artefacts import Summary
-from search.config import load_config
+from search.config_file import load_config
 from search.errors import InputError
 from search.events import read_events
 from search.pipeline import STAGES, run

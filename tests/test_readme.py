@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from hawq.testing import check_task
-from search.config import SearchConfig, load_config
+from search.config import SearchConfig
+from search.config_file import load_config
 from search.pipeline import STAGES, run
 from search.searchers import SEARCHERS
 

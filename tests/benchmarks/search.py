@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from search.config import load_config
+from search.config_file import load_config
 from search.pipeline import run
 from tests.benchmarks.record import ROOT, Row, record
 

@@ -1,0 +1,169 @@
+"""Configs in files: read, overridden, filled in, and refused in words that help.
+
+Unknown keys are refused with the nearest known one. Strings may name environment variables:
+``${HAWQ_DATA}``, or ``${HAWQ_DATA:-fallback}``.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from search.config import SearchConfig, suggestion
+from search.errors import InputError
+from search.searchers import SEARCHERS
+
+__all__ = ["load_config", "template"]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
+    """Read a YAML file and apply overrides.
+
+    Args:
+        path: The file.
+        overrides: ``"curvature.rtol=0.02"``, each value in YAML.
+
+    Raises:
+        InputError: If the file cannot be read or a value is wrong, one line for each mistake.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: the config must be readable ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: must be YAML, got {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: must be a mapping of sections, got {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return SearchConfig.model_validate(_expanded(raw, str(path)))
+    except ValidationError as error:
+        raise InputError("\n".join(f"{path}: {line}" for line in _lines(error))) from error
+
+
+def template() -> str:
+    """Return a config for a first search of one's own, every key with its comment."""
+    head = (
+        "# A search for mixed-precision bits. Run it with: hawq run THIS_FILE\n"
+        "# Commented keys show their defaults.\n\n"
+        "seed: 0\n\n"
+        "task:\n"
+        "  data: digits  # digits, cifar10\n"
+        "  network: resnet14\n"
+        "  search_size: 287\n"
+        "  pretrain:\n"
+        "    epochs: 15\n"
+        "    batch_size: 32\n"
+        "    lr: 0.1\n\n"
+        "budgets:  # each with exactly one of weight_mib, compression, average_bits\n"
+        "  - average_bits: 3\n"
+        "  - compression: 16\n\n"
+        f"methods: [{', '.join(SEARCHERS)}]\n"
+    )
+    sections = []
+    for name in ("task", "curvature", "weights", "activations", "finetune", "trials", "workers"):
+        model = SearchConfig.model_fields[name].annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        lines = [f"\n# {name}:  # {(model.__doc__ or '').splitlines()[0]}"]
+        for key, field in model.model_fields.items():
+            default = yaml.safe_dump(
+                field.get_default(call_default_factory=True), default_flow_style=True
+            )
+            note = f"  # {field.description}" if field.description else ""
+            lines.append(f"#   {key}: {default.splitlines()[0]}{note}")
+        sections.append("\n".join(lines) + "\n")
+    return head + "".join(sections)
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    path, separator, value = text.partition("=")
+    if not separator or not path:
+        raise InputError(f"--set must be KEY=VALUE, such as curvature.rtol=0.02, got {text!r}")
+    keys = path.split(".")
+    place: Any = raw
+    for key in keys[:-1]:
+        if isinstance(place, list) and key.isdigit() and int(key) < len(place):
+            place = place[int(key)]
+        elif isinstance(place, dict):
+            place = place.setdefault(key, {})
+        else:
+            raise InputError(f"--set {text}: {key!r} must be inside a section, got {place!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text}: the value must be YAML, got {value!r}") from error
+    last = keys[-1]
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = parsed
+    elif isinstance(place, dict):
+        place[last] = parsed
+    else:
+        raise InputError(f"--set {text}: {last!r} must be inside a section, got {place!r}")
+
+
+def _expanded(value: Any, where: str) -> Any:
+    """Replace ${NAME} and ${NAME:-fallback} in every string."""
+    if isinstance(value, dict):
+        return {key: _expanded(inner, f"{where}: {key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_expanded(inner, where) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        name, fallback = match["name"], match["fallback"]
+        found = os.environ.get(name, fallback)
+        if found is None:
+            raise InputError(f"{where}: environment variable {name} must be set, got nothing")
+        return found
+
+    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<fallback>[^}]*))?\}", variable, value)
+
+
+def _lines(error: ValidationError) -> list[str]:
+    """Turn pydantic's errors into one line each: path, value, remedy."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            *parents, key = problem["loc"]
+            known = _keys_at(SearchConfig, parents)
+            lines.append(f"{path}: unknown key{suggestion(str(key), known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: must be given, got nothing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            plain = isinstance(problem["input"], str | int | float | bool | None)
+            given = f", got {problem['input']!r}" if plain else ""
+            lines.append(f"{path}: {message}{given}" if path else message)
+    return lines
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[str | int]) -> Mapping[str, object]:
+    """Return the keys that the schema knows at a path."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        inner = _model_in(field.annotation) if field is not None else None
+        if inner is None:
+            return {}
+        model = inner
+    return model.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
