@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Batch", "Factor", "Task", "moved", "softmax_factor"]
+__all__ = ["Batch", "Factor", "Task", "moved"]
 
 # Tensors in any nesting of tuples, lists and dicts; only the task looks inside.
 Batch = Any
@@ -30,11 +30,14 @@ class Factor:
         rank: Columns R of B.
         apply: Maps s, shape (N, R), to B s, of the outputs' shape.
         sign: +1 or −1.
+        energies: ‖B e_c‖² of every column, shape (N, R), where there is a formula; None computes
+            them by R applications.
     """
 
     rank: int
     apply: Callable[[Tensor], Tensor]
     sign: float = 1.0
+    energies: Tensor | None = None
 
 
 @runtime_checkable
@@ -101,21 +104,6 @@ class Task(Protocol):
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return each example's score, shape (N,), higher is better; the split's is their mean."""
         ...
-
-
-def softmax_factor(logits: Tensor) -> Factor:
-    """Return the factor of softmax cross-entropy: B = diag(√p) − p√pᵀ, B Bᵀ = diag(p) − ppᵀ.
-
-    Args:
-        logits: Shape (N, C).
-    """
-    p = logits.detach().softmax(1)
-    root = p.sqrt()
-
-    def apply(s: Tensor) -> Tensor:
-        return root * s - p * (root * s).sum(1, keepdim=True)
-
-    return Factor(logits.shape[1], apply)
 
 
 def moved(batch: Batch, device: torch.device | str) -> Batch:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hawq.curvature import EstimatorName
+
 __all__ = [
     "BudgetLimit",
     "Candidate",
@@ -52,13 +54,17 @@ class ModelArtefact(_Artefact):
 class CurvatureArtefact(_Artefact):
     """Hessian traces of every layer's weight, with both of their standard errors."""
 
-    estimator: Literal["exact_gauss_newton", "gauss_newton", "hutchinson"]
+    estimator: EstimatorName
     reason: str = Field(description="Why this estimator.")
     layers: list[str]
     num_elements: list[int]
     trace: list[float] = Field(description="Of the mean loss's Hessian block.")
     probe_error: list[float] = Field(description="Standard error over the random probes.")
     data_error: list[float] = Field(description="Standard error over the choice of examples.")
+    share_error: list[float] = Field(
+        description="Standard error of trace / Σ trace, over probes and examples: what an "
+        "allocation depends on."
+    )
     num_probes: int = Field(description="On every example; 0 for the exact estimator.")
     num_examples: int
     pool_size: int | None = Field(

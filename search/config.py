@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from hawq.cost import FLOAT_BITS, average_bits, compression, mib
+from hawq.curvature import EstimatorName, StopRule
 from hawq.finetune import Recipe
 from hawq.space import Space
 from search.searchers import SEARCHERS
@@ -86,19 +87,29 @@ class TaskConfig(_Section):
 class CurvatureConfig(_Section):
     """Hessian traces: on how many examples, to what error."""
 
-    estimator: Literal["auto", "exact_gauss_newton", "gauss_newton", "hutchinson"] = Field(
-        "auto", description="auto: Gauss-Newton where it is the Hessian, else hutchinson."
+    estimator: Literal["auto"] | EstimatorName = Field(
+        "auto",
+        description="auto: Gauss-Newton, in the cheapest way, where it is the Hessian, else "
+        "hutchinson; or gauss_newton (in the cheapest way), exact_gauss_newton, "
+        "mixed_gauss_newton, hutchinson, finite_difference, fisher (the empirical one).",
     )
     examples: Positive = Field(512, description="Training examples.")
     pool: Positive | None = Field(
-        16384,
-        description="Draw them by importance from so many (exact_gauss_newton only); "
-        "null: uniformly.",
+        16384, description="Draw them by importance from so many; null: uniformly."
     )
     batch_size: Positive = Field(32, description="Examples a unit of work.")
+    memory_gib: float | None = Field(
+        None, gt=0, description="A worker's memory: what fits of a unit is taken at once."
+    )
     probes_per_unit: int = Field(4, ge=2, description="Probes a unit; they share a forward pass.")
     rtol: float = Field(
-        0.05, gt=0, description="Stop when every layer's probe error is at most this share of it."
+        0.05, gt=0, description="Stop when every group's probe error is at most this share of it."
+    )
+    atol: float = Field(0.0, ge=0, description="Added to that, as a share of the sum of all.")
+    stop: StopRule = Field(
+        "error",
+        description="error: as above; shares: every share of the sum is known to rtol; order: the "
+        "order of the average traces is beyond doubt; count: max_probes.",
     )
     max_probes: int = Field(200, ge=2, description="Probes an example at most.")
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hawq.factors import softmax_factor
 from hawq.space import Group, Space
-from hawq.task import Factor, softmax_factor
+from hawq.task import Factor
 
 LAYERS = ("conv1", "conv2", "linear")
 

@@ -20,7 +20,8 @@ from hawq.curvature.gauss_newton import gauss_newton_samples
 from hawq.curvature.hutchinson import hutchinson_samples
 from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.probes import probe_seed, rademacher
-from hawq.task import Factor, softmax_factor
+from hawq.factors import softmax_factor
+from hawq.task import Factor
 
 TINY = TinyTask(dtype=torch.float64)
 

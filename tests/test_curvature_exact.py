@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from oracles import TinyTask
 from torch import nn
 
-from hawq.curvature import draw_examples, output_curvature, supports_exact
+from hawq.curvature import draw_examples, output_curvature, supports_examples
 from hawq.curvature import exact as exact_module
 from hawq.curvature.estimate import UnitSums, summarize
 from hawq.curvature.exact import exact_gauss_newton
 from hawq.curvature.network import differentiable
-from hawq.task import Factor, softmax_factor
+from hawq.factors import softmax_factor
+from hawq.task import Factor
 
 
 class Twice(nn.Module):
@@ -153,7 +154,7 @@ def test_no_hook_stays_behind():
     ],
 )
 def test_which_layers_can_be_taken_apart(layer, expected):
-    assert supports_exact(layer) == expected
+    assert supports_examples(layer) == expected
 
 
 def test_an_exact_estimate_has_no_probe_error_and_the_error_of_a_mean():

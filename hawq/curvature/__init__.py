@@ -1,24 +1,42 @@
-"""Curvature of the loss in each layer's weights: estimators, their errors, the choice of one."""
+"""Curvature of the loss in weights and activations: estimators, their errors, the choice of one."""
 
-from hawq.curvature.choice import Choice, EstimatorName, choose_estimator
-from hawq.curvature.estimate import NonFiniteTraceError, TraceEstimate, UnitSums
-from hawq.curvature.exact import supports_exact
+from hawq.curvature.choice import Choice, choose_estimator
+from hawq.curvature.estimate import NonFiniteTraceError, Population, TraceEstimate, UnitSums
 from hawq.curvature.importance import Draw, draw_examples, output_curvature
-from hawq.curvature.units import Reducer, TracePlan, estimate_traces, run_unit
+from hawq.curvature.memory import fitting_examples
+from hawq.curvature.per_example import supports_examples
+from hawq.curvature.planning import Look, plan_traces
+from hawq.curvature.sites import Granularity, Site, Subject
+from hawq.curvature.units import (
+    EstimatorName,
+    Reducer,
+    StopRule,
+    TracePlan,
+    estimate_traces,
+    run_unit,
+)
 
 __all__ = [
     "Choice",
     "Draw",
     "EstimatorName",
+    "Granularity",
+    "Look",
     "NonFiniteTraceError",
+    "Population",
     "Reducer",
+    "Site",
+    "StopRule",
+    "Subject",
     "TraceEstimate",
     "TracePlan",
     "UnitSums",
     "choose_estimator",
     "draw_examples",
     "estimate_traces",
+    "fitting_examples",
     "output_curvature",
+    "plan_traces",
     "run_unit",
-    "supports_exact",
+    "supports_examples",
 ]

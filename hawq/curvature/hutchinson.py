@@ -11,23 +11,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from hawq.curvature.probes import rademacher
+from hawq.curvature.probes import Reduction, rademacher, totals
 
 __all__ = ["hutchinson_samples"]
 
 
 def hutchinson_samples(
-    loss: Tensor, weights: Sequence[Tensor], seeds: Sequence[int]
+    loss: Tensor,
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    seeds: Sequence[int],
+    *,
+    reduce: Reduction = totals,
 ) -> NDArray[np.float64]:
-    """Evaluate z_gᵀ(Hz)_g for every probe and weight.
+    """Evaluate z_gᵀ(Hz)_g for every probe and group.
 
     The graph of the gradient is built once and shared by the probes.
 
     Args:
         loss: Scalar, still attached to its graph.
-        weights: G leaves of that graph; one that the loss does not use has trace 0.
+        inputs: Leaves, or edges, of that graph; one that the loss does not use has trace 0.
         seeds: One a probe, K in all.
+        reduce: Turns the elements z·Hz, one tensor an input, into the G groups' sums.
 
     Returns:
         Samples, shape (K, G).
@@ -37,25 +43,22 @@ def hutchinson_samples(
     """
     if loss.ndim != 0:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
-    samples = np.zeros((len(seeds), len(weights)))
-    if not loss.requires_grad:
-        return samples
-    gradient = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-    # A loss that is linear in a weight has a gradient without a graph: its Hessian row is zero.
-    curved = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
-    if not curved:
-        return samples
-    chosen = [weights[i] for i in curved]
-    slopes = [gradient[i] for i in curved]
-    for k, seed in enumerate(seeds):
+    nothing: list[Tensor | None] = [None] * len(inputs)
+    gradient = nothing
+    if loss.requires_grad:
+        gradient = list(torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True))
+    # A loss that is linear in an input has a gradient without a graph: its Hessian row is zero.
+    curved = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+    samples = []
+    for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        z = [rademacher(w.shape, generator, w) for w in chosen]
-        product = torch.autograd.grad(slopes, chosen, z, retain_graph=True, allow_unused=True)
-        products = [
-            v.new_zeros((), dtype=torch.float64)
-            if hv is None
-            else (v * hv).sum(dtype=torch.float64)
-            for v, hv in zip(z, product, strict=True)
-        ]
-        samples[k, curved] = torch.stack(products).cpu().numpy()  # one wait for the device
-    return samples
+        parts = list(nothing)
+        if curved:
+            slopes = [g for _, g in curved]
+            z = [rademacher(g.shape, generator, g) for g in slopes]
+            product = torch.autograd.grad(slopes, inputs, z, retain_graph=True, allow_unused=True)
+            for (i, _), signs in zip(curved, z, strict=True):
+                hz = product[i]
+                parts[i] = None if hz is None else signs * hz
+        samples.append(reduce(parts).numpy())
+    return np.stack(samples)

@@ -3,13 +3,14 @@
 A trained network is sure of most examples, and those have hardly any curvature: on CIFAR-10 five
 images in a hundred hold most of the trace. An example's trace is its outputs' Hessian pulled back
 through the Jacobian, so the trace u_n of that Hessian alone (1 − ‖p‖² for softmax), which one
-forward pass gives, tells which examples matter. They are drawn with probability
+forward pass gives, tells which examples matter. From a pool of M they are drawn without
+replacement, with probability
 
-    q_n = (1 − ε)·u_n / Σu + ε / M,   ε = 0.1,
+    π_n = min(1, a·q_n),   q_n = (1 − ε)·u_n / Σu + ε / M,   ε = 0.1,
 
-from a pool of M, and weighted by 1 / (M q_n): unbiased for the pool's mean whatever u is, and the
-uniform share keeps every weight below 1/ε. The draw is systematic (one random offset, equal steps
-along the cumulated q), which never has more than one draw too many or too few of any example.
+a such that N are drawn, and count N / (M π_n) times: unbiased for the pool's mean whatever u is
+(Horvitz & Thompson, 1952). The uniform share keeps every weight below 1/ε. The draw is systematic:
+one random offset, equal steps along the cumulated π.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hawq.curvature.columns import column_energies
 from hawq.curvature.network import refuse_nonfinite
 from hawq.task import Batch, Task
 
@@ -30,8 +32,8 @@ class Draw:
     """Examples drawn from a pool.
 
     Attributes:
-        examples: Positions in the pool, ascending; one may occur several times.
-        weights: 1 / (M q) of each, same order; their mean is close to 1.
+        examples: Positions in the pool, ascending.
+        weights: N / (M π) of each, same order; their mean is close to 1.
     """
 
     examples: tuple[int, ...]
@@ -58,13 +60,10 @@ def output_curvature(task: Task, model: nn.Module, batch: Batch) -> Tensor:
         raise ValueError("output_curvature needs the task's curvature(), got None")
     outputs, factors = curvature
     refuse_nonfinite(outputs, "network's output", "the pool")
-    found = torch.zeros(len(outputs), dtype=torch.float64)
-    for factor in factors:
-        for column in range(factor.rank):
-            s = torch.zeros(len(outputs), factor.rank, device=outputs.device, dtype=outputs.dtype)
-            s[:, column] = 1
-            found += factor.apply(s).flatten(1).double().square().sum(1).cpu()
-    return found
+    return sum(
+        (column_energies(outputs, factor).sum(1).cpu() for factor in factors),
+        torch.zeros(len(outputs), dtype=torch.float64),
+    ).clamp_min(0)
 
 
 def draw_examples(curvature: Tensor, num: int, seed: int) -> Draw:
@@ -72,7 +71,7 @@ def draw_examples(curvature: Tensor, num: int, seed: int) -> Draw:
 
     Args:
         curvature: u, not negative, shape (M,).
-        num: How many.
+        num: How many; the whole pool where it has no more.
         seed: Of the offset.
 
     Raises:
@@ -81,11 +80,27 @@ def draw_examples(curvature: Tensor, num: int, seed: int) -> Draw:
     if num < 1 or not bool(torch.isfinite(curvature).all()) or bool((curvature < 0).any()):
         raise ValueError("curvature must be finite and not negative, and num positive")
     pool, total = len(curvature), float(curvature.double().sum())
+    if num >= pool:
+        return Draw(tuple(range(pool)), (1.0,) * pool)
     share = curvature.double() / total if total else torch.full((pool,), 1 / pool).double()
     q = (1 - _UNIFORM_SHARE) * share + _UNIFORM_SHARE / pool
+    pi = _inclusion(q, num)
     generator = torch.Generator().manual_seed(seed)
     offset = torch.rand((), generator=generator, dtype=torch.float64)
-    steps = (torch.arange(num, dtype=torch.float64) + offset) / num
-    drawn = torch.searchsorted(q.cumsum(0), steps).clamp_(max=pool - 1)
-    weights = 1 / (pool * q[drawn])
+    steps = torch.arange(num, dtype=torch.float64) + offset
+    ends = pi.cumsum(0)
+    ends *= num / ends[-1]  # against rounding; it is the sum of num steps
+    drawn = torch.searchsorted(ends, steps, right=True).clamp_(max=pool - 1)
+    weights = num / (pool * pi[drawn])
     return Draw(tuple(drawn.tolist()), tuple(weights.tolist()))
+
+
+def _inclusion(q: Tensor, num: int) -> Tensor:
+    """Return π = min(1, a·q) with Σπ = num."""
+    certain = torch.zeros(len(q), dtype=torch.bool)
+    while True:
+        rest = q[~certain].sum()
+        pi = torch.where(certain, 1.0, (num - int(certain.sum())) * q / rest)
+        if bool((pi <= 1).all()):
+            return pi
+        certain |= pi >= 1

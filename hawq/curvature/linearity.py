@@ -47,24 +47,26 @@ _BILINEAR = {
 }
 
 
-def nonlinearities(outputs: Tensor, weights: Sequence[Tensor]) -> list[str]:
+def nonlinearities(outputs: Tensor, weights: Sequence[Tensor] | None) -> list[str]:
     """Name the operators that stop the outputs from being piecewise linear in a weight.
 
     Args:
         outputs: Attached to their graph; only ``weights`` may require gradients in it.
-        weights: Leaves.
+        weights: Leaves; None for all leaves as one, as the network's input is for activations:
+            what is piecewise linear in it is so in every activation on the way.
 
     Returns:
         Operator names, each once, in alphabetical order; empty where the network is piecewise
         linear in each weight alone.
     """
     found: set[str] = set()
-    bit = {id(weight): 1 << i for i, weight in enumerate(weights)}
+    bit = {id(weight): 1 << i for i, weight in enumerate(weights or [])}
     # The weights, as a bit mask, that the tensor behind each node depends on.
     depends: dict[Node | None, int] = {None: 0}
     for node in _inputs_first(outputs.grad_fn):
         parents = [depends[parent] for parent, _ in node.next_functions]
-        own = bit.get(id(getattr(node, "variable", None)), 0)
+        variable = getattr(node, "variable", None)
+        own = bit.get(id(variable), 0) if weights is not None else int(variable is not None)
         mask = own
         for parent in parents:
             mask |= parent

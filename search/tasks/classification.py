@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hawq.task import Factor, softmax_factor
+from hawq.factors import softmax_factor
+from hawq.task import Factor
 from search.errors import InputError
 from search.tasks.images import ImageSet, load_images
 from search.tasks.networks import SmallResNet

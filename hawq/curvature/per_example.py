@@ -1,0 +1,275 @@
+"""Gauss–Newton traces example by example: exact, or exact in the leading directions of the loss.
+
+With a direction B_n v of the loss's square root as cotangent, G_n = ∂⟨B_n v, outputs_n⟩/∂W is one
+example's gradient, and over a basis of directions
+
+    Tr G = (1/N) Σ_n Σ_v sign·‖G_{n,v}‖².
+
+Directions that together hold a share ε of the loss's curvature may be left out, with a bias of the
+order of ε, or sampled by random signs, with none; see ``columns``. A convolution's gradient of one
+example is a convolution of its input with the gradient g at its output, or, where the positions are
+few, never formed: the rows of g Uᵀ have the norms diag(g (UᵀU) gᵀ), U being the input's patches.
+Only g comes from the backward pass, which therefore computes no weight gradients. The squared norm
+of G's rows is the trace of each output channel.
+
+Per-example values also give the error over the choice of examples, without further work.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from hawq.curvature.columns import Directions, directions
+from hawq.curvature.probes import rademacher
+from hawq.task import Factor
+
+__all__ = ["Tape", "WeightTape", "per_example_traces", "supports_examples"]
+
+# Examples are taken together as long as what they need fits; the bits depend on it.
+_CHUNK_BYTES = 64 << 20
+
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class Tape(Protocol):
+    """What a forward pass leaves for the backward ones."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Record one forward pass."""
+        ...
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where gradients are wanted."""
+        ...
+
+    def squared_norms(self, gradients: Sequence[Tensor | None], rows: Tensor) -> list[Tensor]:
+        """Turn gradients at ``edges`` into ‖∂/∂site‖² of the examples ``rows``, (n, O) a site."""
+        ...
+
+
+def supports_examples(layer: nn.Module) -> bool:
+    """Whether a layer's weight gradient can be taken apart example by example."""
+    return isinstance(layer, nn.Linear | _Convolution)
+
+
+def per_example_traces(
+    forward: Callable[[], tuple[Tensor, Sequence[Factor]]],
+    tape: Tape,
+    *,
+    weights: Tensor,
+    floor: float = 0.0,
+    leading: int | None = None,
+    seeds: Sequence[int] = (),
+) -> list[Tensor]:
+    """Compute every example's Gauss–Newton trace for each channel of each site.
+
+    Args:
+        forward: Runs the network on one batch; returns its outputs, shape (N, …), attached to
+            their graph, and the signed factors of the losses' Hessian in them.
+        tape: Records what the backward passes need.
+        weights: What each example counts for, shape (N,), for ``floor`` only.
+        floor: Directions whose energy, times the example's weight, is at most this are left out.
+        leading: Directions an example that are pulled back one by one; None for all.
+        seeds: One for each random combination of the other directions.
+
+    Returns:
+        For each site, shape (max(1, len(seeds)), N, O), float64: of each probe, example and
+        channel; without probes what the leading directions give.
+    """
+    with tape.recording():
+        outputs, factors = forward()
+    rows = torch.arange(len(outputs), device=outputs.device)
+    if not tape.edges or not outputs.requires_grad:
+        none: list[Tensor | None] = [None] * len(tape.edges)
+        zeros = tape.squared_norms(none, rows)
+        return [values.expand(max(1, len(seeds)), *values.shape) for values in zeros]
+
+    def pulled(factor: Factor, signs: Tensor, among: Tensor) -> list[Tensor]:
+        cotangent = factor.apply(signs).detach()
+        gradients = torch.autograd.grad(
+            outputs, tape.edges, cotangent, retain_graph=True, allow_unused=True
+        )
+        return tape.squared_norms(gradients, among)
+
+    exact = [values[None] for values in tape.squared_norms([None] * len(tape.edges), rows)]
+    sampled = [torch.zeros(len(seeds), *values.shape[1:]).double() for values in exact]
+    bases = [directions(outputs.detach(), factor) for factor in factors]
+    for basis in bases:
+        active = weights[:, None].to(basis.energy) * basis.energy > floor
+        num = active.shape[1] if leading is None else min(leading, active.shape[1])
+        for k in active[:, :num].any(0).nonzero()[:, 0].tolist():
+            among = active[:, k].nonzero()[:, 0]
+            signs = basis.signs(k) * active[:, k, None]
+            for total, norms in zip(exact, pulled(basis.factor, signs, among), strict=True):
+                total[0, among.cpu()] += basis.factor.sign * norms
+    for probe, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for basis in bases:
+            signs = _rest(basis, outputs, generator, leading or 0)
+            for total, norms in zip(sampled, pulled(basis.factor, signs, rows), strict=True):
+                total[probe] += basis.factor.sign * norms
+    return [e + s if len(seeds) else e for e, s in zip(exact, sampled, strict=True)]
+
+
+def _rest(basis: Directions, outputs: Tensor, generator: torch.Generator, leading: int) -> Tensor:
+    shape = (len(outputs), basis.factor.rank)
+    return basis.remainder(rademacher(shape, generator, outputs), leading)
+
+
+class WeightTape:
+    """What layers read, and where the gradients of what they return will appear.
+
+    Args:
+        layers: Name to layer. One that runs several times has the sum of its gradients; one that
+            does not run has traces of zero.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
+        self._calls: dict[str, list[tuple[Tensor, int, GradientEdge]]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record one forward pass."""
+        self._calls = {name: [] for name in self._layers}
+
+        def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                # The edge, not the tensor: an in-place ReLU may follow.
+                seen = (args[0].detach(), args[0]._version, get_gradient_edge(output))
+                self._calls[name].append(seen)
+
+            return hook
+
+        handles = [layer.register_forward_hook(record(n)) for n, layer in self._layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where gradients appear: every call of every layer."""
+        return [edge for calls in self._calls.values() for *_, edge in calls]
+
+    def squared_norms(self, gradients: Sequence[Tensor | None], rows: Tensor) -> list[Tensor]:
+        """Return ‖∂/∂W‖² of each example and output channel, (n, O) a layer, float64."""
+        rest = iter(gradients)
+        found = []
+        for name, layer in self._layers.items():
+            calls = []
+            for x, version, _ in self._calls[name]:
+                if x._version != version:
+                    raise ValueError(
+                        f"{name}: its input must not be changed in place after it was read, which "
+                        "training would refuse too: use the out-of-place form of the operator"
+                    )
+                gradient = next(rest)
+                if gradient is not None:
+                    calls.append((x, gradient))
+            found.append(_row_norms(layer, calls, rows))
+        return found
+
+
+def _row_norms(layer: nn.Module, calls: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
+    """Return the squared norms of the rows of each example's weight gradient, (n, O)."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    norms = torch.zeros(len(rows), len(weight), dtype=torch.float64)
+    if not calls or not len(rows):
+        return norms
+    numbers = sum(x[0].numel() * _overlap(layer) + g[0].numel() for x, g in calls)
+    numbers += 2 * weight.numel()
+    chunk = max(1, _CHUNK_BYTES // (numbers * weight.element_size()))
+    everyone = len(rows) == len(calls[0][0])
+    for first in range(0, len(rows), chunk):
+        part = rows[first : first + chunk]
+        own = slice(first, first + chunk)
+        # A slice is a view; taking rows by index would copy them.
+        chosen = [(x[own], g[own]) if everyone else (x[part], g[part]) for x, g in calls]
+        norms[own] = _formed_or_not(layer, weight, chosen).double().cpu()
+    return norms
+
+
+def _overlap(layer: nn.Module) -> int:
+    """How many patches an input element occurs in, at most."""
+    return 1 if isinstance(layer, nn.Linear) else int(torch.tensor(layer.kernel_size).prod())
+
+
+def _formed_or_not(
+    layer: nn.Module, weight: Tensor, calls: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Take the cheaper of ‖rows of g Uᵀ‖² and diag(g (UᵀU) gᵀ)."""
+    x, g = calls[0]
+    positions = sum(y[0].numel() for _, y in calls) // len(weight)
+    inner = weight[0].numel()
+    gram_is_cheaper = positions * (inner + len(weight)) < len(weight) * inner
+    if not isinstance(layer, nn.Linear) and not (gram_is_cheaper and len(calls) == 1):
+        return _gradients(layer, weight, calls).flatten(2).square().sum(2)
+    if isinstance(layer, nn.Linear):
+        u = torch.cat([x.reshape(len(x), -1, inner) for x, _ in calls], 1)[:, None]
+        rows = torch.cat([y.reshape(len(y), -1, len(weight)) for _, y in calls], 1)
+        rows = rows.transpose(1, 2)[:, None]  # (n, groups, O, P)
+    else:
+        u = _patches(layer, x).transpose(2, 3)  # (n, groups, P, K)
+        rows = g.flatten(2).view(len(g), u.shape[1], -1, positions)
+    if gram_is_cheaper:
+        norms = (rows @ (u @ u.transpose(2, 3))).mul_(rows).sum(-1)
+    else:
+        norms = (rows @ u).square_().sum(-1)
+    return norms.flatten(1)
+
+
+def _gradients(layer: nn.Module, weight: Tensor, calls: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Form each example's weight gradient, shape (n, O, …), all by one grouped convolution."""
+    assert isinstance(layer, _Convolution)
+    total: Tensor | None = None
+    for read, g in calls:
+        x = _padded(layer, read)
+        num, spatial = len(x), x.ndim - 2
+        image = x.reshape(1, -1, *x.shape[2:])
+        at_output = g.reshape(1, -1, *g.shape[2:])
+        shape = (num * len(weight), *weight.shape[1:])
+        gradient = torch.ops.aten.convolution_backward(
+            at_output,
+            image,
+            weight.detach().new_empty(1).expand(shape),
+            None,
+            layer.stride,
+            (0,) * spatial,
+            layer.dilation,
+            False,
+            (0,) * spatial,
+            num * layer.groups,
+            (False, True, False),
+        )[1].view(num, *weight.shape)
+        total = gradient if total is None else total + gradient
+    assert total is not None
+    return total
+
+
+def _padded(layer: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(layer, _Convolution)
+    # Torch keeps what each padding comes to, last axis first, also for "same" and "valid".
+    pads = layer._reversed_padding_repeated_twice
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, pads, mode) if any(pads) else x
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a convolution multiplies its weight with, shape (N, groups, K, P)."""
+    assert isinstance(layer, _Convolution)
+    x = _padded(layer, x)
+    for axis in range(x.ndim - 2):
+        span = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, span, layer.stride[axis])[..., :: layer.dilation[axis]]
+    spatial = (x.ndim - 2) // 2
+    kernel_first = x.permute(0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial))
+    return kernel_first.reshape(len(x), layer.groups, -1, x.shape[2 : 2 + spatial].numel())

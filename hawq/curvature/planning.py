@@ -1,0 +1,218 @@
+"""From what is asked for to a plan: which estimator, on which examples."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hawq.curvature.choice import Choice, choose_estimator, choose_passes
+from hawq.curvature.estimate import Population
+from hawq.curvature.importance import draw_examples, output_curvature
+from hawq.curvature.sites import Granularity, Subject, activation_sites, weight_sites
+from hawq.curvature.units import EstimatorName, StopRule, TracePlan
+from hawq.space import evaluating
+from hawq.task import Batch, Task, moved
+
+__all__ = ["Look", "look_here", "plan_traces"]
+
+# From indices into a split to the curvature of those examples' outputs, shape (N,).
+Look = Callable[[Sequence[int]], Tensor]
+
+_FEW, _SOME = 4, 64
+_LOOK_BATCH = 64
+# Share of the outputs' curvature that may be left out, at the very most: a hundredth of what a
+# trace is ever asked to be known to.
+_NEGLIGIBLE = 1e-4
+
+
+def plan_traces(
+    task: Task,
+    model: nn.Module,
+    layers: Sequence[str],
+    *,
+    look: Look | None = None,
+    subject: Subject = "weights",
+    granularity: Granularity = "layer",
+    estimator: EstimatorName | Literal["auto"] = "auto",
+    split: str = "train",
+    num_examples: int = 512,
+    pool: int | None = 16384,
+    batch_size: int = 32,
+    probes_per_unit: int = 4,
+    rtol: float = 0.05,
+    atol: float = 0.0,
+    max_probes: int = 200,
+    stop: StopRule = "error",
+    seed: int = 0,
+) -> tuple[TracePlan, str]:
+    """Make a plan for an estimation.
+
+    Args:
+        task: The network, its data and its loss.
+        model: The network, with the weights to be traced, on its device.
+        layers: Names of the layers whose weights, or inputs, are traced.
+        look: Tells the curvature of examples' outputs; None looks here and now.
+        subject: Weights or activations.
+        granularity: Whether each channel is traced, too.
+        estimator: ``"auto"``: Gauss–Newton where it is the Hessian, else Hutchinson;
+            ``"gauss_newton"``: Gauss–Newton in the cheapest way; or any other by name.
+        split: Where the examples come from.
+        num_examples: How many; all of the split where it has no more.
+        pool: Draw them by importance from so many; None: uniformly.
+        batch_size: Examples a unit.
+        probes_per_unit: Probes a unit.
+        rtol: Relative probe error to stop at.
+        atol: Added to it, as a share of Σ|trace|.
+        max_probes: Probes an example at most.
+        stop: What the tolerance is of.
+        seed: Of the draw and of all probes.
+
+    Returns:
+        The plan, and the reason for its estimator.
+
+    Raises:
+        ValueError: If the estimator needs what the task does not give.
+        NonFiniteTraceError: If an output is NaN or infinite.
+    """
+    if estimator == "finite_difference" and subject == "activations":
+        raise ValueError("finite_difference is for weights, got subject 'activations'")
+    device = next(model.parameters()).device
+    few = moved(task.batch(split, torch.arange(min(_FEW, task.size(split)))), device)
+    rank = _rank(task, model, few)
+    if not rank and estimator.endswith("gauss_newton"):
+        raise ValueError(
+            f"{estimator} needs a task that gives the factors of its loss's Hessian, got none: "
+            "use auto or hutchinson"
+        )
+    if estimator == "auto":
+        choice = choose_estimator(task, model, layers, few, subject=subject)
+    else:
+        choice = Choice(estimator, "asked for")
+    drawn = _drawn(
+        task.size(split),
+        (look or look_here(task, model, split)) if rank and choice.estimator != "fisher" else None,
+        num_examples,
+        pool,
+        seed,
+    )
+    floor = 0.0
+    if choice.estimator.endswith("gauss_newton"):
+        floor = _NEGLIGIBLE * drawn.total / (len(drawn.examples) * rank)
+        if estimator in {"auto", "gauss_newton"}:
+            some = drawn.by_curvature().every(max(1, len(drawn.examples) // _SOME))
+            with evaluating(model):
+                passes = choose_passes(
+                    task,
+                    model,
+                    layers,
+                    moved(task.batch(split, torch.tensor(some.examples)), device),
+                    subject=subject,
+                    weights=torch.tensor(some.weights, dtype=torch.float64),
+                    floor=floor,
+                    num_examples=len(drawn.examples),
+                    rtol=rtol,
+                )
+            choice = replace(passes, reason=f"{choice.reason}; {passes.reason}")
+    if choice.estimator in {"exact_gauss_newton", "mixed_gauss_newton"}:
+        # Examples alike in a batch: a direction that one of them lacks most of them lack.
+        drawn = drawn.by_curvature()
+    if choice.estimator == "mixed_gauss_newton" and estimator != "mixed_gauss_newton":
+        probes_per_unit = choice.probes
+    sites = (
+        weight_sites(model, layers)
+        if subject == "weights"
+        else activation_sites(model, layers, lambda: task.losses(model, few))
+    )
+    plan = TracePlan(
+        layers=tuple(layers),
+        estimator=choice.estimator,
+        split=split,
+        examples=tuple(drawn.examples),
+        batch_size=batch_size,
+        probes_per_unit=probes_per_unit,
+        rtol=rtol,
+        max_probes=max(max_probes, probes_per_unit),
+        seed=seed,
+        sites=sites,
+        subject=subject,
+        granularity=granularity,
+        weights=tuple(drawn.weights),
+        population=drawn.population,
+        floor=floor,
+        leading=choice.leading,
+        atol=atol,
+        stop=stop,
+    )
+    return plan, choice.reason
+
+
+def look_here(task: Task, model: nn.Module, split: str) -> Look:
+    """Look at examples in this process."""
+
+    def look(examples: Sequence[int]) -> Tensor:
+        device = next(model.parameters()).device
+        with evaluating(model):
+            return torch.cat(
+                [
+                    output_curvature(task, model, moved(task.batch(split, part), device))
+                    for part in torch.tensor(examples).split(_LOOK_BATCH)
+                ]
+            )
+
+    return look
+
+
+def _rank(task: Task, model: nn.Module, batch: Batch) -> int:
+    """Count the columns of all factors; 0 where the task gives none."""
+    with evaluating(model), torch.no_grad():
+        curvature = task.curvature(model, batch)
+    return 0 if curvature is None else sum(factor.rank for factor in curvature[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Examples with their weights, and the curvature of their outputs (zeros where not looked)."""
+
+    examples: list[int]
+    weights: list[float]
+    curvature: Tensor
+    population: Population
+
+    @property
+    def total(self) -> float:
+        return float((torch.tensor(self.weights, dtype=torch.float64) * self.curvature).sum())
+
+    def by_curvature(self) -> "_Drawn":
+        return self._take(self.curvature.argsort(descending=True, stable=True).tolist())
+
+    def every(self, step: int) -> "_Drawn":
+        return self._take(range(0, len(self.examples), step))
+
+    def _take(self, order: Sequence[int]) -> "_Drawn":
+        return replace(
+            self,
+            examples=[self.examples[i] for i in order],
+            weights=[self.weights[i] for i in order],
+            curvature=self.curvature[list(order)],
+        )
+
+
+def _drawn(size: int, look: Look | None, num: int, pool: int | None, seed: int) -> _Drawn:
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    num = min(num, size)
+    if look is None:
+        zeros = torch.zeros(num, dtype=torch.float64)
+        return _Drawn(order[:num], [1.0] * num, zeros, Population(num, size))
+    among = order[: max(pool or 0, num)]
+    curvature = look(among)
+    draw = draw_examples(curvature, num, seed)
+    mean = float(curvature.mean())
+    spread = float(curvature.var(correction=0)) / mean**2 if mean else 0.0
+    return _Drawn(
+        [among[i] for i in draw.examples],
+        list(draw.weights),
+        curvature[list(draw.examples)],
+        Population(len(among), size, spread),
+    )

@@ -1,0 +1,180 @@
+"""A trace estimation on the cluster, from the config to the estimate."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hawq.curvature import (
+    Granularity,
+    Reducer,
+    Subject,
+    TraceEstimate,
+    TracePlan,
+    fitting_examples,
+    plan_traces,
+)
+from hawq.space import evaluating
+from hawq.task import Task
+from search.cluster import num_workers
+from search.config import CurvatureConfig, WorkersConfig
+from search.errors import InputError
+from search.probes import UnitFile, WorkerPool, estimate_on_workers
+
+__all__ = ["Progress", "Traced", "trace_on_cluster"]
+
+# How far it is: done, of how many, what, and a remark.
+Progress = Callable[[float, float, str, str], None]
+
+_FEW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A finished estimation.
+
+    Attributes:
+        plan: What was done.
+        reason: Why with this estimator.
+        estimate: What came out.
+        cpu_seconds: Of all workers.
+        seconds: From the start of the workers to the end.
+    """
+
+    plan: TracePlan
+    reason: str
+    estimate: TraceEstimate
+    cpu_seconds: float
+    seconds: float
+
+
+def trace_on_cluster(
+    task: Task,
+    state: dict[str, Tensor],
+    layers: Sequence[str],
+    *,
+    settings: CurvatureConfig,
+    workers: WorkersConfig,
+    seed: int,
+    units: UnitFile,
+    subject: Subject = "weights",
+    granularity: Granularity = "layer",
+    progress: Progress = lambda *_: None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Traced:
+    """Estimate the traces of a network on Ray workers.
+
+    Args:
+        task: The network, its data and its loss.
+        state: The weights.
+        layers: Names of the layers whose weights, or inputs, are traced.
+        settings: To what error, on how many examples.
+        workers: How many, and how large.
+        seed: Of the draw and of all probes.
+        units: Where finished units are kept; those that are there are not done again.
+        subject: Weights or activations.
+        granularity: Whether each channel is traced, too.
+        progress: Told how far it is.
+        note: Told which estimator was chosen and why, and when memory ran short.
+
+    Raises:
+        InputError: If the estimator needs what the task does not give.
+        NonFiniteTraceError: If an output, a loss or a trace is NaN or infinite.
+    """
+    started = time.monotonic()
+    model = task.model()
+    model.load_state_dict(state)
+    few = task.batch("train", torch.arange(min(_FEW, task.size("train"))))
+    _refuse_flicker(task, few)
+    micro_batch = None
+    if settings.memory_gib is not None:
+        with evaluating(model):
+            micro_batch = fitting_examples(
+                task,
+                model,
+                list(layers),
+                few,
+                min(_FEW, task.size("train")),
+                estimator="hutchinson" if settings.estimator == "auto" else settings.estimator,
+                subject=subject,
+                budget_bytes=settings.memory_gib * 2**30,
+            )
+        micro_batch = min(micro_batch, settings.batch_size)
+        note(f"{micro_batch} examples of {settings.batch_size} at once, within memory_gib")
+    with WorkerPool(
+        task,
+        state,
+        workers=num_workers(workers.count, workers.cpus, workers.gpus),
+        cpus=workers.cpus,
+        gpus=workers.gpus,
+        micro_batch=micro_batch,
+    ) as pool:
+
+        def look(examples: Sequence[int]) -> Tensor:
+            return pool.look(
+                "train",
+                examples,
+                lambda done: progress(done, len(examples), "images", "which examples matter"),
+            )
+
+        try:
+            plan, reason = plan_traces(
+                task,
+                model,
+                layers,
+                look=look,
+                subject=subject,
+                granularity=granularity,
+                num_examples=settings.examples,
+                seed=seed,
+                **settings.model_dump(exclude={"examples", "memory_gib"}),
+            )
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise
+            raise InputError(f"curvature: {error}") from error
+        note(f"{plan.estimator}: {reason}")
+        estimate = estimate_on_workers(
+            pool,
+            plan,
+            units=units,
+            on_unit=lambda reducer: _report(reducer, progress),
+            on_note=note,
+        )
+        return Traced(plan, reason, estimate, pool.cpu_seconds, time.monotonic() - started)
+
+
+def _refuse_flicker(task: Task, few: object) -> None:
+    """Refuse a loader whose examples change: a unit that is done again must see the same."""
+    again = task.batch("train", torch.arange(min(_FEW, task.size("train"))))
+    leaves, others = (torch.utils._pytree.tree_leaves(x) for x in (few, again))
+    for a, b in zip(leaves, others, strict=True):
+        if isinstance(a, Tensor) and not torch.equal(a, b):
+            raise InputError(
+                "task: batch() must return the same examples for the same indices, got others "
+                "the second time: switch augmentation and shuffling off (see hawq.testing)"
+            )
+
+
+def _report(reducer: Reducer, progress: Progress) -> None:
+    plan, estimate = reducer.plan, reducer.estimate
+    done = expected = plan.num_units - len(reducer.missing)
+    if estimate is None:
+        progress(done, plan.num_units, "units", "")
+        return
+    if not estimate.num_probes:
+        progress(plan.num_units, plan.num_units, "units", "no probe error")
+        return
+    relative = estimate.probe_error / np.maximum(np.abs(estimate.trace), 1e-300)
+    rounds = estimate.num_probes // plan.probes_per_unit
+    if reducer.finished:
+        done = expected = rounds * plan.num_batches
+    else:
+        # Errors fall with the root of the probes: a forecast, not a promise.
+        factor = max(1.0, float(relative.max() / plan.rtol) ** 2)
+        expected = min(plan.num_units, int(np.ceil(factor * rounds)) * plan.num_batches)
+    worst = f"largest probe error {100 * relative.max():.1f} %"
+    progress(done, max(done, expected), "units", worst)
