@@ -2,3 +2,7 @@
 
 Knows torch, numpy and scipy; no cluster, no files, no configuration.
 """
+
+from hawq.tracing import Traces, traces
+
+__all__ = ["Traces", "traces"]

@@ -10,6 +10,7 @@ factor of sign −1.
 ``weight`` multiplies the elements' losses, as ``weight`` does in torch, and so scales h.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,11 +21,15 @@ from hawq.task import Factor
 
 __all__ = [
     "binary_cross_entropy_factor",
+    "factors_of",
     "focal_factors",
     "smooth_l1_factor",
     "softmax_factor",
     "squared_error_factor",
 ]
+
+# Outputs of an example up to which a dense Hessian is formed, and what of it is rounding.
+_DENSE, _ROUNDING = 64, 1e-6
 
 # Over the elements of one example.
 Reduction = Literal["sum", "mean"]
@@ -177,6 +182,50 @@ def focal_factors(
         _diagonal(h.clamp(min=0), reduction, weight),
         _diagonal((-h).clamp(min=0), reduction, weight, sign=-1.0),
     )
+
+
+def factors_of(losses: Callable[[Tensor], Tensor], outputs: Tensor) -> list[Factor] | None:
+    """Return the factors of any loss: of sign +1 and −1, from each example's dense Hessian.
+
+    Args:
+        losses: Maps outputs to each example's loss, shape (N,), of its own outputs alone.
+        outputs: Shape (N, …).
+
+    Returns:
+        None where an example has more than 64 outputs, or the loss has no second derivative.
+    """
+    rank = outputs[0].numel()
+    if rank > _DENSE:
+        return None
+    at = outputs.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(losses(at).sum(), at, create_graph=True)
+    flat = slope.flatten(1)
+    rows = []
+    for column in range(rank):
+        if not flat.requires_grad:  # linear in the outputs
+            break
+        try:
+            (row,) = torch.autograd.grad(
+                flat[:, column].sum(), at, retain_graph=True, materialize_grads=True
+            )
+        except RuntimeError:  # an operator without a second derivative
+            return None
+        rows.append(row.flatten(1))
+    if not rows:
+        return [_diagonal(torch.zeros_like(outputs.detach()), "sum", 1.0)]
+    hessian = torch.stack(rows, 1).double()
+    values, vectors = torch.linalg.eigh((hessian + hessian.transpose(1, 2)) / 2)
+    factors = []
+    for sign in (1.0, -1.0):
+        energies = (sign * values).clamp_min(0)
+        if sign > 0 or bool((energies > _ROUNDING * values.abs().amax(1, keepdim=True)).any()):
+            root = (vectors * energies.sqrt()[:, None]).to(outputs.dtype)
+
+            def apply(s: Tensor, root: Tensor = root) -> Tensor:
+                return (root @ s[:, :, None])[..., 0].reshape(outputs.shape)
+
+            factors.append(Factor(rank, apply, sign, energies=energies))
+    return factors
 
 
 def _diagonal(h: Tensor, reduction: Reduction, weight: Tensor | float, sign: float = 1.0) -> Factor:

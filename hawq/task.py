@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Batch", "Factor", "Task", "moved"]
+__all__ = ["Batch", "Factor", "Objective", "Task", "moved"]
 
 # Tensors in any nesting of tuples, lists and dicts; only the task looks inside.
 Batch = Any
@@ -40,8 +40,34 @@ class Factor:
     energies: Tensor | None = None
 
 
+class Objective(Protocol):
+    """A loss over examples: all that curvature needs of a task."""
+
+    def size(self, split: str, /) -> int:
+        """Count the examples of a split."""
+        ...
+
+    def batch(self, split: str, indices: Tensor, /) -> Batch:
+        """Return examples by index, shape (N,), always the same for the same indices."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each example's loss, shape (N,); the training loss is their mean.
+
+        An example's loss must not depend on the others of its batch (in eval mode).
+        """
+        ...
+
+    def curvature(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sequence[Factor]] | None:
+        """Return the outputs, shape (N, …), and the factors of the losses' Hessian in them.
+
+        None where no factor is known: curvature then needs Hessian-vector products.
+        """
+        ...
+
+
 @runtime_checkable
-class Task(Protocol):
+class Task(Objective, Protocol):
     """A network, its data, its loss and its score.
 
     Splits are ``"train"`` (fine-tuning and curvature), ``"search"`` (held out from the training
@@ -71,34 +97,12 @@ class Task(Protocol):
         """Build the network, float32, on the CPU; its weights may be loaded over afterwards."""
         ...
 
-    def size(self, split: str) -> int:
-        """Count the examples of a split."""
-        ...
-
-    def batch(self, split: str, indices: Tensor) -> Batch:
-        """Return examples by index, shape (N,), always the same for the same indices."""
-        ...
-
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Return a training batch with random augmentation, drawn from ``generator`` alone."""
         ...
 
     def inputs(self, batch: Batch) -> Tensor:
         """Return what the network takes, shape (N, …)."""
-        ...
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return each example's loss, shape (N,); the training loss is their mean.
-
-        An example's loss must not depend on the others of its batch (in eval mode).
-        """
-        ...
-
-    def curvature(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sequence[Factor]] | None:
-        """Return the outputs, shape (N, …), and the factors of the losses' Hessian in them.
-
-        None where no factor is known: curvature then needs Hessian-vector products.
-        """
         ...
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from hawq.space import evaluating
-from hawq.task import Batch, Factor, Task
+from hawq.task import Batch, Factor, Objective, Task
 
 __all__ = ["TaskContractError", "check_task"]
 
@@ -235,7 +235,7 @@ def _require(holds: bool, rule: str) -> None:
 
 
 def _members() -> list[str]:
-    public = {*Task.__annotations__, *vars(Task)}
+    public = {*vars(Objective), *vars(Task)}
     return sorted(name for name in public if not name.startswith("_"))
 
 

@@ -36,8 +36,8 @@ __all__ = ["ProbeWorker", "UnitFile", "WorkerPool", "estimate_on_workers"]
 # Enough to hide the round trip, few enough that an early stop wastes little.
 _IN_FLIGHT = 2
 _MAX_LOST_WORKERS = 20
-# Examples a call of looking, and a forward pass in it.
-_LOOK_CHUNK, _LOOK_BATCH = 1024, 64
+# Examples a call of looking.
+_LOOK_CHUNK = 1024
 
 
 class ProbeWorker:
@@ -79,18 +79,20 @@ class ProbeWorker:
                 continue
             return unit, time.process_time() - started, micro_batch
 
-    def look(self, split: str, examples: Sequence[int]) -> tuple[list[float], float, int]:
+    def look(
+        self, split: str, examples: Sequence[int], batch_size: int
+    ) -> tuple[list[float], float, int]:
         """Return the curvature of examples' outputs, and the rest as ``run`` does.
 
         In bfloat16 where the machine has it: twice as fast, and it only decides who is drawn.
         """
         started = time.process_time()
         found = []
-        for part in torch.tensor(examples).split(_LOOK_BATCH):
+        for part in torch.tensor(examples).split(batch_size):
             batch = moved(self._task.batch(split, part), self._device)
             with _half_precision(self._device):
                 found += output_curvature(self._task, self._model, batch).tolist()
-        return found, time.process_time() - started, _LOOK_BATCH
+        return found, time.process_time() - started, batch_size
 
 
 def _half_precision(device: str) -> AbstractContextManager[Any]:
@@ -149,11 +151,13 @@ class WorkerPool:
         for worker in self._workers:
             ray.kill(worker)
 
-    def look(self, split: str, examples: Sequence[int], progress: Callable[[int], None]) -> Tensor:
+    def look(
+        self, split: str, examples: Sequence[int], batch_size: int, progress: Callable[[int], None]
+    ) -> Tensor:
         """Tell the curvature of examples' outputs; ``progress`` hears how many are done."""
         chunks = [examples[i : i + _LOOK_CHUNK] for i in range(0, len(examples), _LOOK_CHUNK)]
         found: dict[int, list[float]] = {}
-        calls = {i: (split, chunk) for i, chunk in enumerate(chunks)}
+        calls = {i: (split, chunk, batch_size) for i, chunk in enumerate(chunks)}
         for i, (values, _) in self.results("look", calls):
             found[i] = values
             progress(sum(map(len, found.values())))

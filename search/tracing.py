@@ -87,8 +87,8 @@ def trace_on_cluster(
     started = time.monotonic()
     model = task.model()
     model.load_state_dict(state)
-    few = task.batch("train", torch.arange(min(_FEW, task.size("train"))))
-    _refuse_flicker(task, few)
+    few = task.batch("train", torch.arange(_few(task, settings)))
+    _refuse_flicker(task, few, _few(task, settings))
     micro_batch = None
     if settings.memory_gib is not None:
         with evaluating(model):
@@ -97,7 +97,7 @@ def trace_on_cluster(
                 model,
                 list(layers),
                 few,
-                min(_FEW, task.size("train")),
+                _few(task, settings),
                 estimator="hutchinson" if settings.estimator == "auto" else settings.estimator,
                 subject=subject,
                 budget_bytes=settings.memory_gib * 2**30,
@@ -117,6 +117,7 @@ def trace_on_cluster(
             return pool.look(
                 "train",
                 examples,
+                settings.batch_size,
                 lambda done: progress(done, len(examples), "images", "which examples matter"),
             )
 
@@ -147,9 +148,13 @@ def trace_on_cluster(
         return Traced(plan, reason, estimate, pool.cpu_seconds, time.monotonic() - started)
 
 
-def _refuse_flicker(task: Task, few: object) -> None:
+def _few(task: Task, settings: CurvatureConfig) -> int:
+    return min(_FEW, settings.batch_size, task.size("train"))
+
+
+def _refuse_flicker(task: Task, few: object, num: int) -> None:
     """Refuse a loader whose examples change: a unit that is done again must see the same."""
-    again = task.batch("train", torch.arange(min(_FEW, task.size("train"))))
+    again = task.batch("train", torch.arange(num))
     leaves, others = (torch.utils._pytree.tree_leaves(x) for x in (few, again))
     for a, b in zip(leaves, others, strict=True):
         if isinstance(a, Tensor) and not torch.equal(a, b):

@@ -132,6 +132,18 @@ class TinyTask:
         return (model(batch[0]).argmax(1) == batch[1]).float()
 
 
+@dataclass(frozen=True)
+class NetTask(TinyTask):
+    """The same examples for a network of one's own."""
+
+    make: Callable[[], nn.Module] = ResidualNet
+
+    def model(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return self.make().to(self.dtype)
+
+
 def dense_hessian(loss: Callable[..., Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The Hessian of ``loss(*weights)`` in all weights together, shape (n, n)."""
     blocks = torch.autograd.functional.hessian(loss, tuple(w.detach() for w in weights))

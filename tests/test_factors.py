@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pytest
@@ -248,6 +249,28 @@ def test_a_factor_holds_no_graph_and_keeps_the_outputs_type(name):
     for factor in found:
         image = factor.apply(torch.ones(3, factor.rank))
         assert (image.shape, image.dtype, image.requires_grad) == (z.shape, z.dtype, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *product(ELEMENTWISE, [(4,), (2, 3), (2, 3, 2)]),
+        *product(["softmax"], [(2, 3), (2, 3, 2)]),
+    ],
+)
+def test_energies_are_the_columns_squared_norms(name, shape):
+    z = 3 * random(*shape)
+    t = (random(*shape, seed=1) > 0).double()
+    weight = random(*shape, seed=2).abs()
+    if name == "softmax":
+        found = [softmax_factor(z, weight=weight[:, 0])]
+    else:
+        found = ELEMENTWISE[name][1](z, t, reduction="mean", weight=weight)
+    for factor in found:
+        unit = torch.eye(factor.rank, dtype=torch.float64)
+        columns = [factor.apply(e.expand(len(z), -1)).reshape(len(z), -1) for e in unit]
+        norms = torch.stack([column.square().sum(1) for column in columns], 1)
+        torch.testing.assert_close(factor.energies, norms)
 
 
 @dataclass(frozen=True)

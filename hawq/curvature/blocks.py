@@ -57,7 +57,6 @@ def grouped_blocks(
         ValueError: If a glob matches no layer, if two groups claim one layer, or if a group has
             the name of a layer outside it.
     """
-    owners = {layer: layer for layer in layers}
     claimed: dict[str, str] = {}
     for block, globs in patterns.items():
         for glob in globs:
@@ -73,11 +72,10 @@ def grouped_blocks(
                     raise ValueError(
                         f"a layer must be in one block, got {layer} in {other!r} and {block!r}"
                     )
-    owners |= claimed
     for block in patterns:
-        if owners.get(block, block) != block or (block in owners and block not in claimed):
+        if block in layers and claimed.get(block) != block:
             raise ValueError(f"block {block!r} must not have the name of a layer outside it")
-    return _collected(owners)
+    return _collected({layer: claimed.get(layer, layer) for layer in layers})
 
 
 def _holds(module: str, inner: str) -> bool:

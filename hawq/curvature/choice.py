@@ -2,7 +2,8 @@
 
 Gauss–Newton where it is the Hessian: the operators that ran are piecewise linear in each weight
 (or activation) alone, and a Hessian-vector product agrees with a Gauss–Newton product on a few
-examples. Else Hutchinson, and where an operator has no second derivative, Gauss–Newton if the task
+examples. Gauss–Newton with a correction where the network is smooth. Hutchinson where the task does
+not know its loss's Hessian. Where an operator has no second derivative, Gauss–Newton if the task
 knows its loss, or differences of gradients.
 
 Of the ways to a Gauss–Newton trace, the one with the fewest backward passes for the error that is
@@ -12,9 +13,10 @@ combinations of the others.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +27,17 @@ from hawq.curvature.columns import directions
 from hawq.curvature.finite_difference import differentiates_twice
 from hawq.curvature.linearity import nonlinearities
 from hawq.curvature.network import differentiable, refuse_nonfinite, weights_of
-from hawq.curvature.per_example import supports_examples
+from hawq.curvature.per_example import WeightTape, supports_examples
 from hawq.curvature.probes import probe_seed, rademacher
+from hawq.curvature.residual import residual_loss
 from hawq.curvature.sites import ActivationTape, Subject
 from hawq.curvature.units import EstimatorName
-from hawq.task import Batch, Factor, Task, moved
+from hawq.task import Batch, Factor, Objective, moved
 
 __all__ = ["Choice", "choose_estimator", "choose_passes"]
+
+_T = TypeVar("_T")
+_Inputs = Sequence[Tensor] | Sequence[GradientEdge]
 
 # In float64 the two products agree to about 1e-12 where the blocks are equal.
 _AGREEMENT = 1e-6
@@ -39,6 +45,8 @@ _AGREEMENT = 1e-6
 # are orthogonal; measured 0.5 to 0.9 on the layers of a trained ResNet20.
 _PROBE_DEVIATION = 0.9
 _MIN_PROBES = 2
+# In float32, of one example's gradient put together from its parts.
+_APART = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ class Choice:
 
 
 def choose_estimator(
-    task: Task,
+    task: Objective,
     model: nn.Module,
     layers: Sequence[str],
     batch: Batch,
@@ -79,63 +87,107 @@ def choose_estimator(
         NonFiniteTraceError: If an output is NaN or infinite.
     """
     twin = copy.deepcopy(model).double()
-    device = next(twin.parameters()).device
-    batch = moved(batch, device)
+    batch = moved(batch, next(twin.parameters()).device)
     batch = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, batch)
-    weights = weights_of(twin, layers) if subject == "weights" else None
-    tape = ActivationTape(twin, layers) if weights is None else None
-    with differentiable(twin, weights or []):
+    seen = _examined(task, twin, layers, batch, subject)
+    what = "weight" if subject == "weights" else "activation"
+    smooth = f"not piecewise linear in every {what}: {', '.join(seen.nonlinear[:5])}"
+    linear = (
+        f"the Hessian's blocks are Gauss–Newton's: every operator is piecewise linear in each "
+        f"{what}, and a Hessian-vector product agrees"
+    )
+    for holds, estimator, reason in (
+        (seen.broken and not seen.factored, "finite_difference", f"no derivative: {seen.broken}"),
+        (
+            seen.broken,
+            "gauss_newton",
+            f"no second derivative, hence Gauss–Newton's instead: {seen.broken}",
+        ),
+        (not seen.factored, "hutchinson", "the task gives no factor of its loss's Hessian"),
+        (seen.disagreement, "hutchinson", seen.disagreement),
+        (not seen.nonlinear, "gauss_newton", linear),
+        (seen.splits, "corrected_gauss_newton", f"{smooth}; its two parts add up to the Hessian"),
+    ):
+        if holds:
+            return Choice(estimator, reason)
+    return Choice("hutchinson", smooth)
+
+
+@dataclass(frozen=True, slots=True)
+class _Examined:
+    """What a look at a few examples told.
+
+    Attributes:
+        broken: The operator that has no second derivative.
+        factored: Whether the task gives factors of its loss's Hessian.
+        nonlinear: Operators that are not piecewise linear.
+        splits: Whether the Hessian can be taken as Gauss–Newton and a residual.
+        disagreement: How a Hessian-vector product differs from what it should be.
+    """
+
+    broken: str = ""
+    factored: bool = False
+    nonlinear: Sequence[str] = ()
+    splits: bool = False
+    disagreement: str = ""
+
+
+def _examined(
+    task: Objective, twin: nn.Module, layers: Sequence[str], batch: Batch, subject: Subject
+) -> _Examined:
+    weights = weights_of(twin, layers) if subject == "weights" else []
+    tape = ActivationTape(twin, layers) if subject == "activations" else None
+
+    def run(forward: Callable[[], _T]) -> tuple[_T, _Inputs]:
+        """Run the network; return what it gave, and what that depends on."""
         with tape.recording() if tape else nullcontext():
-            loss = task.losses(twin, batch).sum()
-        inputs: Sequence[Tensor] | Sequence[GradientEdge] = tape.edges if tape else weights or []
-        shapes = [seen.tensor.shape for seen in tape.seen if seen.edge] if tape else None
-        broken = differentiates_twice(loss, inputs)
-        with tape.recording() if tape else nullcontext():
-            curvature = task.curvature(twin, batch)
+            result = forward()
+        return result, tape.edges if tape else weights
+
+    with differentiable(twin, weights):
+        loss, of_loss = run(lambda: task.losses(twin, batch).sum())
+        broken = differentiates_twice(loss, of_loss)
+        curvature, of_outputs = run(lambda: task.curvature(twin, batch))
         if curvature is None:
-            if broken:
-                return Choice("finite_difference", f"no second derivative: {broken}")
-            return Choice("hutchinson", "the task gives no factor of its loss's Hessian")
+            return _Examined(broken)
         outputs, factors = curvature
         refuse_nonfinite(outputs, "network's output")
         if broken:
-            return Choice(
-                "gauss_newton", f"no second derivative, hence Gauss–Newton's instead: {broken}"
-            )
-        found = nonlinearities(outputs, weights)
-        what = "weight" if subject == "weights" else "activation"
-        if found:
-            return Choice(
-                "hutchinson", f"not piecewise linear in every {what}: {', '.join(found[:5])}"
-            )
-        after: Sequence[Tensor] | Sequence[GradientEdge] = tape.edges if tape else inputs
-        for i in sorted({0, len(inputs) // 2, len(inputs) - 1} if inputs else set()):
-            generator = torch.Generator().manual_seed(probe_seed(0, 0, i))
-            shape = shapes[i] if shapes else (weights or [])[i].shape
-            z = rademacher(shape, generator, outputs)
-            hessian = _hessian_product(loss, inputs[i], z)
-            gauss_newton = _gauss_newton_product(outputs, factors, after[i], z)
-            size = max(abs(hessian), abs(gauss_newton))
-            if not abs(hessian - gauss_newton) <= _AGREEMENT * size:  # a NaN agrees with nothing
-                where = layers[i] if tape is None else tape.seen[i].site.name
-                return Choice(
-                    "hutchinson",
-                    f"a Hessian-vector product disagrees with Gauss–Newton in {where}: "
-                    f"{hessian:.6g} against {gauss_newton:.6g}",
+            return _Examined(broken, True)
+        nonlinear = nonlinearities(outputs, weights if tape is None else None)
+        rest, of_rest = run(lambda: residual_loss(lambda: task.losses(twin, batch), twin))
+        apart = tape is not None or all(
+            supports_examples(twin.get_submodule(name)) for name in layers
+        )
+        splits = bool(nonlinear) and rest is not None and apart
+        names, shapes = list(layers), [weight.shape for weight in weights]
+        if tape:
+            traced = [seen for seen in tape.seen if seen.edge]
+            names, shapes = [s.site.name for s in traced], [s.tensor.shape for s in traced]
+        for i in sorted({0, len(names) // 2, len(names) - 1}) if names else ():
+            if nonlinear and not splits:
+                break
+            z = rademacher(shapes[i], torch.Generator().manual_seed(probe_seed(0, 0, i)), outputs)
+            whole = _hessian_product(loss, of_loss[i], z)
+            parts = _gauss_newton_product(outputs, factors, of_outputs[i], z)
+            if splits and rest is not None:
+                parts += _hessian_product(rest[0], of_rest[i], z)
+            if not abs(whole - parts) <= _AGREEMENT * max(abs(whole), abs(parts)):  # nor a NaN
+                disagreement = (
+                    f"a Hessian-vector product disagrees with Gauss–Newton in {names[i]}: "
+                    f"{whole:.6g} against {parts:.6g}"
                 )
-    return Choice(
-        "gauss_newton",
-        "the Hessian's blocks are Gauss–Newton's: every operator is piecewise linear in each "
-        f"{what}, and a Hessian-vector product agrees",
-    )
+                return _Examined(broken, True, nonlinear, splits, disagreement)
+    return _Examined(broken, True, nonlinear, splits)
 
 
 def choose_passes(
-    task: Task,
+    task: Objective,
     model: nn.Module,
     layers: Sequence[str],
     batch: Batch,
     *,
+    one: Batch,
     subject: Subject,
     weights: Tensor,
     floor: float,
@@ -149,16 +201,16 @@ def choose_passes(
         model: The network, in eval mode.
         layers: Names of the layers.
         batch: Some of the examples, by falling curvature of their outputs.
+        one: One of them alone.
         subject: Weights or activations.
         weights: What each of them counts for, shape (N,).
         floor: As in ``TracePlan``.
         num_examples: How many there will be in all.
         rtol: Relative probe error that is asked for.
     """
-    odd = [name for name in layers if not supports_examples(model.get_submodule(name))]
-    if odd and subject == "weights":
-        reason = f"{odd[0]} ({type(model.get_submodule(odd[0])).__name__}) cannot be taken apart"
-        return Choice("gauss_newton", f"{reason} by example: random signs")
+    odd = _not_taken_apart(task, model, layers, one) if subject == "weights" else ""
+    if odd:
+        return Choice("gauss_newton", f"{odd} cannot be taken apart by example: random signs")
     with torch.no_grad():
         curvature = task.curvature(model, batch)
     assert curvature is not None
@@ -193,6 +245,36 @@ def choose_passes(
         leading,
         probes,
     )
+
+
+def _not_taken_apart(task: Objective, model: nn.Module, layers: Sequence[str], one: Batch) -> str:
+    """Name a layer whose gradient is not what its inputs and outputs make of it; empty if none.
+
+    Such as one whose weight is used elsewhere too: in an embedding, or in a forward method.
+    """
+    for name in layers:
+        if not supports_examples(model.get_submodule(name)):
+            return name
+    weights, tape = weights_of(model, layers), WeightTape(model, layers)
+    with differentiable(model, weights):
+        with tape.recording():
+            curvature = task.curvature(model, one)
+        assert curvature is not None
+        outputs, factors = curvature
+        if not outputs.requires_grad:
+            return ""
+        cotangent = factors[0].apply(directions(outputs.detach(), factors[0]).signs(0))
+        whole = torch.autograd.grad(
+            outputs, weights, cotangent, retain_graph=True, allow_unused=True
+        )
+        parts = torch.autograd.grad(outputs, tape.edges, cotangent, allow_unused=True)
+        rows = torch.arange(len(outputs), device=outputs.device)
+        norms = [float(values.sum()) for values in tape.squared_norms(parts, rows)]
+    for name, gradient, found in zip(layers, whole, norms, strict=True):
+        expected = 0.0 if gradient is None else float(gradient.double().square().sum())
+        if abs(found - expected) > _APART * max(found, expected):
+            return name
+    return ""
 
 
 def _hessian_product(loss: Tensor, at: Tensor | GradientEdge, z: Tensor) -> float:

@@ -68,7 +68,7 @@ def column_energies(outputs: Tensor, factor: Factor) -> Tensor:
     for column in range(factor.rank):
         s = outputs.new_zeros(len(outputs), factor.rank)
         s[:, column] = 1
-        columns.append(factor.apply(s).flatten(1).double().square().sum(1))
+        columns.append(factor.apply(s).reshape(len(s), -1).double().square().sum(1))
     return torch.stack(columns, 1)
 
 
@@ -85,7 +85,7 @@ def directions(outputs: Tensor, factor: Factor) -> Directions:
     columns = []
     for k in range(turned):
         s = outputs.new_zeros(len(outputs), factor.rank).scatter_(1, order[:, k : k + 1], 1.0)
-        columns.append(factor.apply(s).flatten(1).double())
+        columns.append(factor.apply(s).reshape(len(s), -1).double())
     root = torch.stack(columns, 2)
     values, vectors = torch.linalg.eigh(root.transpose(1, 2) @ root)
     energy = torch.cat([values.flip(1).clamp_min(0), energy[:, turned:]], 1)

@@ -11,11 +11,18 @@ is unbiased for any a that does not depend on probe k, and has the variance
 
 (DeltaShift with a = 1 − γ; Dharangutte & Musco, 2021). a = 0 is an estimate from scratch. The
 paper bounds these variances by norms, we take them from the probes, pooled over the batches of
-examples: the coefficient of probe k from all probes but k, so that nothing is biased, and one for
+examples: the coefficient of probe k from all probes but k, so that it cannot bias, and one for
 each group. The error that is left carries over from estimate to estimate, shrunk by a each time.
+
+It pays while the probes agree: Var(h′ − a·h) / Var h′ was 0.1 in the median layer of a trained
+ResNet20 after 3 steps of SGD (its weights had moved by 0.08 %), for both kinds of probes, but 0.5
+(Hutchinson) and 0.8 (Gauss–Newton) after 20 (0.8 %), and every probe costs two.
 
 An estimator without probes has no error for given examples. Seen on M of its N examples alone,
 drawn at random, batches take the place of probes: their spread counts with the share 1 − M/N.
+Many small batches tell that spread better than few large ones, and better still where the examples
+were drawn by importance: from uniformly drawn ones, most of whose traces are next to nothing, a
+stated error is easily too small (two of them covered 76 to 93 %, simulated).
 """
 
 from collections.abc import Sequence
@@ -27,7 +34,7 @@ from torch import nn
 
 from hawq.curvature.estimate import TraceEstimate, UnitSums, summarize
 from hawq.curvature.units import TracePlan, estimate_traces, run_unit
-from hawq.task import Task
+from hawq.task import Objective
 
 __all__ = ["reestimate_traces", "shifted"]
 
@@ -125,7 +132,7 @@ def _centred(values: Values) -> Values:
 
 
 def reestimate_traces(
-    task: Task,
+    task: Objective,
     before: nn.Module,
     after: nn.Module,
     plan: TracePlan,
@@ -197,5 +204,6 @@ def _parts(units: Sequence[UnitSums], visits: int, plan: TracePlan) -> Values:
 
 def _scaled(error: Values, old: Values, new: Values) -> Values:
     """Change errors as those of fewer probes or examples did, at most by a factor of two."""
-    ratio: Values = np.divide(new, old, out=np.ones_like(new), where=old > 0)
-    return error * ratio.clip(1 / _LARGEST, _LARGEST)
+    ratio = np.divide(new, old, out=np.ones_like(new), where=old > 0)
+    changed: Values = error * ratio.clip(1 / _LARGEST, _LARGEST)
+    return changed

@@ -31,8 +31,10 @@ Values = NDArray[np.float64]
 
 # Rows of a unit's sums. Over its probes: Σ S, then Σ (S − S̄)² and Σ (S − S̄)(S_all − S̄_all), taken
 # example by example where they are seen; over its examples: Σ c v, Σ c v², Σ c v·v_all, Σ w t²,
-# Σ w t·t_all. "All" is the sum over the sites.
-_TOTAL, _SPREAD, _CROSS, _DRAWN, _DRAWN_SQUARE, _DRAWN_CROSS, _MOMENT, _MOMENT_CROSS = range(8)
+# Σ w t·t_all; last what a batch adds without probes, once. "All" is the sum over the sites.
+_TOTAL, _SPREAD, _CROSS, _DRAWN, _DRAWN_SQUARE, _DRAWN_CROSS = range(6)
+_MOMENT, _MOMENT_CROSS, _KNOWN = range(6, 9)
+_ROWS = 9
 
 
 class NonFiniteTraceError(ValueError):
@@ -68,7 +70,7 @@ class UnitSums:
         batch: Which batch of examples.
         num_examples: Examples in it.
         num_probes: Probes drawn on it; 0 for an exact estimator.
-        sums: Shape (8, G + 1): the rows above, the last column for all sites together.
+        sums: Shape (9, G + 1): the rows above, the last column for all sites together.
         drawn: Σ c over the examples; NaN where they were not seen one by one.
     """
 
@@ -79,9 +81,20 @@ class UnitSums:
     drawn: float
 
     @staticmethod
-    def of(batch: int, num_examples: int, samples: Values, num_sites: int) -> "UnitSums":
-        """Sum samples of batches, shape (K, G), whose first groups are the sites."""
-        sums = np.zeros((8, samples.shape[1] + 1))
+    def of(
+        batch: int,
+        num_examples: int,
+        samples: Values,
+        num_sites: int,
+        known: Values | None = None,
+    ) -> "UnitSums":
+        """Sum samples of a batch, shape (K, G), whose first groups are the sites.
+
+        ``known``, shape (G,), is added to them without an error.
+        """
+        sums = np.zeros((_ROWS, samples.shape[1] + 1))
+        if known is not None:
+            sums[_KNOWN] = _with_all(known, num_sites)
         s = _with_all(samples, num_sites)
         off = s - s.mean(0)
         sums[_TOTAL], sums[_SPREAD] = s.sum(0), np.square(off).sum(0)
@@ -123,6 +136,7 @@ class UnitSums:
                 (c * v * v[:, -1:]).sum(0),
                 (w * mean**2).sum(0),
                 (w * mean * mean[:, -1:]).sum(0),
+                np.zeros(t.shape[2]),
             ]
         )
         return UnitSums(batch, t.shape[1], num_probes, sums, float(excluded.sum()))
@@ -239,7 +253,7 @@ class _Batches:
     Attributes:
         row: Batch to row.
         examples: Of each batch, shape (J, 1).
-        sums: Shape (J, 8, G + 1).
+        sums: Shape (J, 9, G + 1).
         mean: mean_k S_jk, shape (J, G + 1).
         count: Probes on each batch; 0 for an exact estimator.
         visits: Units of each batch.
@@ -277,7 +291,7 @@ def _stacked(units: Sequence[UnitSums]) -> _Batches:
             "an estimate needs at least 2 batches with at least 2 probes each, as many on each, "
             f"got {len(row)} batches with {sorted(set(probes.tolist()))} probes"
         )
-    mean = sums[:, _TOTAL] / (count or visits[0])
+    mean = sums[:, _TOTAL] / (count or visits[0]) + sums[:, _KNOWN]
     return _Batches(
         row, examples, sums, mean, count, int(visits[0]), float(drawn.sum()) if seen else None
     )
@@ -290,8 +304,9 @@ def _over_probes(units: Sequence[UnitSums], batches: _Batches) -> tuple[Values, 
         return np.zeros_like(spread), np.zeros_like(cross)
     freedom = batches.count - batches.visits
     if batches.drawn is None:  # the means of the visits vary as their probes do, too
+        sampled = batches.mean - batches.sums[:, _KNOWN]
         off = np.stack(
-            [u.sums[_TOTAL] / u.num_probes - batches.mean[batches.row[u.batch]] for u in units]
+            [u.sums[_TOTAL] / u.num_probes - sampled[batches.row[u.batch]] for u in units]
         )
         size = np.array([[unit.num_probes] for unit in units])
         spread = spread + (size * off**2).sum(0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hawq.curvature.columns import column_energies
 from hawq.curvature.network import refuse_nonfinite
-from hawq.task import Batch, Task
+from hawq.task import Batch, Objective
 
 __all__ = ["Draw", "draw_examples", "output_curvature"]
 
@@ -41,7 +41,7 @@ class Draw:
 
 
 @torch.no_grad()
-def output_curvature(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+def output_curvature(task: Objective, model: nn.Module, batch: Batch) -> Tensor:
     """Return the trace of each example's Hessian in the outputs, shape (N,), float64.
 
     Signed factors count with their magnitude: what bends down matters as much.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.sites import Subject
 from hawq.curvature.units import EstimatorName
-from hawq.task import Batch, Task
+from hawq.task import Batch, Objective
 
 __all__ = ["fitting_examples"]
 
@@ -17,7 +17,7 @@ _PEAK_OTHERS = 2.5
 
 
 def fitting_examples(
-    task: Task,
+    task: Objective,
     model: nn.Module,
     layers: list[str],
     batch: Batch,

@@ -15,8 +15,9 @@ of G's rows is the trace of each output channel.
 Per-example values also give the error over the choice of examples, without further work.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hawq.curvature.columns import Directions, directions
 from hawq.curvature.probes import rademacher
+from hawq.space import sharing_layers
 from hawq.task import Factor
 
 __all__ = ["Tape", "WeightTape", "per_example_traces", "supports_examples"]
@@ -126,28 +128,35 @@ class WeightTape:
     """What layers read, and where the gradients of what they return will appear.
 
     Args:
-        layers: Name to layer. One that runs several times has the sum of its gradients; one that
-            does not run has traces of zero.
+        model: The network.
+        layers: Names of layers. One that runs several times, or shares its weight with others, has
+            the sum of all gradients; one that does not run has traces of zero.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-        self._calls: dict[str, list[tuple[Tensor, int, GradientEdge]]] = {}
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        everywhere = sharing_layers(model)
+        self._sharers = {name: everywhere.get(name, [model.get_submodule(name)]) for name in layers}
+        self._calls: dict[str, list[tuple[nn.Module, Tensor, int, GradientEdge]]] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record one forward pass."""
-        self._calls = {name: [] for name in self._layers}
+        self._calls = {name: [] for name in self._sharers}
 
         def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                # The edge, not the tensor: an in-place ReLU may follow.
-                seen = (args[0].detach(), args[0]._version, get_gradient_edge(output))
-                self._calls[name].append(seen)
+            def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                if output.requires_grad:
+                    x, edge = args[0], get_gradient_edge(output)
+                    # The edge, not the tensor: an in-place ReLU may follow.
+                    self._calls[name].append((layer, x.detach(), x._version, edge))
 
             return hook
 
-        handles = [layer.register_forward_hook(record(n)) for n, layer in self._layers.items()]
+        handles = [
+            layer.register_forward_hook(record(name))
+            for name, sharers in self._sharers.items()
+            for layer in sharers
+        ]
         try:
             yield
         finally:
@@ -163,9 +172,9 @@ class WeightTape:
         """Return ‖∂/∂W‖² of each example and output channel, (n, O) a layer, float64."""
         rest = iter(gradients)
         found = []
-        for name, layer in self._layers.items():
+        for name, (layer, *_) in self._sharers.items():
             calls = []
-            for x, version, _ in self._calls[name]:
+            for caller, x, version, _ in self._calls[name]:
                 if x._version != version:
                     raise ValueError(
                         f"{name}: its input must not be changed in place after it was read, which "
@@ -173,103 +182,106 @@ class WeightTape:
                     )
                 gradient = next(rest)
                 if gradient is not None:
-                    calls.append((x, gradient))
-            found.append(_row_norms(layer, calls, rows))
+                    calls.append(_Call(caller, x, gradient))
+            assert isinstance(layer.weight, Tensor)
+            found.append(_row_norms(layer.weight, calls, rows))
         return found
 
 
-def _row_norms(layer: nn.Module, calls: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A layer at work: what it read, shape (N, …), and the gradient at what it returned."""
+
+    layer: nn.Module
+    x: Tensor
+    g: Tensor
+
+    def of(self, rows: Tensor | slice) -> "_Call":
+        return _Call(self.layer, self.x[rows], self.g[rows])
+
+    def numbers(self) -> int:
+        """Numbers that one example's patches and gradient take."""
+        overlap = 1
+        if not isinstance(self.layer, nn.Linear):
+            assert isinstance(self.layer, _Convolution)
+            overlap = int(torch.tensor(self.layer.kernel_size).prod())
+        return self.x[0].numel() * overlap + self.g[0].numel()
+
+
+def _row_norms(weight: Tensor, calls: Sequence[_Call], rows: Tensor) -> Tensor:
     """Return the squared norms of the rows of each example's weight gradient, (n, O)."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
     norms = torch.zeros(len(rows), len(weight), dtype=torch.float64)
     if not calls or not len(rows):
         return norms
-    numbers = sum(x[0].numel() * _overlap(layer) + g[0].numel() for x, g in calls)
-    numbers += 2 * weight.numel()
+    numbers = sum(call.numbers() for call in calls) + 2 * weight.numel()
     chunk = max(1, _CHUNK_BYTES // (numbers * weight.element_size()))
-    everyone = len(rows) == len(calls[0][0])
+    everyone = len(rows) == len(calls[0].x)
     for first in range(0, len(rows), chunk):
-        part = rows[first : first + chunk]
         own = slice(first, first + chunk)
         # A slice is a view; taking rows by index would copy them.
-        chosen = [(x[own], g[own]) if everyone else (x[part], g[part]) for x, g in calls]
-        norms[own] = _formed_or_not(layer, weight, chosen).double().cpu()
+        chosen = [call.of(own if everyone else rows[own]) for call in calls]
+        norms[own] = _cheaper_norms(weight, chosen).double().cpu()
     return norms
 
 
-def _overlap(layer: nn.Module) -> int:
-    """How many patches an input element occurs in, at most."""
-    return 1 if isinstance(layer, nn.Linear) else int(torch.tensor(layer.kernel_size).prod())
-
-
-def _formed_or_not(
-    layer: nn.Module, weight: Tensor, calls: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Take the cheaper of ‖rows of g Uᵀ‖² and diag(g (UᵀU) gᵀ)."""
-    x, g = calls[0]
-    positions = sum(y[0].numel() for _, y in calls) // len(weight)
+def _cheaper_norms(weight: Tensor, calls: Sequence[_Call]) -> Tensor:
+    """Take the cheaper of ‖rows of g Uᵀ‖² and diag(g (UᵀU) gᵀ), shape (n, O)."""
+    positions = sum(call.g[0].numel() for call in calls) // len(weight)
     inner = weight[0].numel()
     gram_is_cheaper = positions * (inner + len(weight)) < len(weight) * inner
-    if not isinstance(layer, nn.Linear) and not (gram_is_cheaper and len(calls) == 1):
-        return _gradients(layer, weight, calls).flatten(2).square().sum(2)
-    if isinstance(layer, nn.Linear):
-        u = torch.cat([x.reshape(len(x), -1, inner) for x, _ in calls], 1)[:, None]
-        rows = torch.cat([y.reshape(len(y), -1, len(weight)) for _, y in calls], 1)
-        rows = rows.transpose(1, 2)[:, None]  # (n, groups, O, P)
+    if all(isinstance(call.layer, nn.Linear) for call in calls):
+        u = torch.cat([c.x.reshape(len(c.x), -1, inner) for c in calls], 1)[:, None]
+        g = torch.cat([c.g.reshape(len(c.g), -1, len(weight)) for c in calls], 1)
+        rows = g.transpose(1, 2)[:, None]  # (n, groups, O, P)
+        if not gram_is_cheaper:
+            return (rows @ u).square_().sum(-1).flatten(1)
+    elif gram_is_cheaper and len(calls) == 1:
+        u = _patches(calls[0]).transpose(2, 3)  # (n, groups, P, K)
+        rows = calls[0].g.flatten(2).view(len(u), u.shape[1], -1, positions)
     else:
-        u = _patches(layer, x).transpose(2, 3)  # (n, groups, P, K)
-        rows = g.flatten(2).view(len(g), u.shape[1], -1, positions)
-    if gram_is_cheaper:
-        norms = (rows @ (u @ u.transpose(2, 3))).mul_(rows).sum(-1)
-    else:
-        norms = (rows @ u).square_().sum(-1)
-    return norms.flatten(1)
+        total = sum((_gradients(call, weight) for call in calls[1:]), _gradients(calls[0], weight))
+        return total.flatten(2).square_().sum(2)
+    return (rows @ (u @ u.transpose(2, 3))).mul_(rows).sum(-1).flatten(1)
 
 
-def _gradients(layer: nn.Module, weight: Tensor, calls: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _gradients(call: _Call, weight: Tensor) -> Tensor:
     """Form each example's weight gradient, shape (n, O, …), all by one grouped convolution."""
+    layer = call.layer
     assert isinstance(layer, _Convolution)
-    total: Tensor | None = None
-    for read, g in calls:
-        x = _padded(layer, read)
-        num, spatial = len(x), x.ndim - 2
-        image = x.reshape(1, -1, *x.shape[2:])
-        at_output = g.reshape(1, -1, *g.shape[2:])
-        shape = (num * len(weight), *weight.shape[1:])
-        gradient = torch.ops.aten.convolution_backward(
-            at_output,
-            image,
-            weight.detach().new_empty(1).expand(shape),
-            None,
-            layer.stride,
-            (0,) * spatial,
-            layer.dilation,
-            False,
-            (0,) * spatial,
-            num * layer.groups,
-            (False, True, False),
-        )[1].view(num, *weight.shape)
-        total = gradient if total is None else total + gradient
-    assert total is not None
-    return total
+    x = _padded(call)
+    num, spatial = len(x), x.ndim - 2
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        call.g.reshape(1, -1, *call.g.shape[2:]),
+        x.reshape(1, -1, *x.shape[2:]),
+        weight.detach().new_empty(1).expand(num * len(weight), *weight.shape[1:]),
+        None,
+        layer.stride,
+        (0,) * spatial,
+        layer.dilation,
+        False,
+        (0,) * spatial,
+        num * layer.groups,
+        (False, True, False),
+    )[1]
+    return gradient.view(num, *weight.shape)
 
 
-def _padded(layer: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(layer, _Convolution)
+def _padded(call: _Call) -> Tensor:
+    assert isinstance(call.layer, _Convolution)
     # Torch keeps what each padding comes to, last axis first, also for "same" and "valid".
-    pads = layer._reversed_padding_repeated_twice
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, pads, mode) if any(pads) else x
+    pads = call.layer._reversed_padding_repeated_twice
+    mode = "constant" if call.layer.padding_mode == "zeros" else call.layer.padding_mode
+    return F.pad(call.x, pads, mode) if any(pads) else call.x
 
 
-def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+def _patches(call: _Call) -> Tensor:
     """What a convolution multiplies its weight with, shape (N, groups, K, P)."""
+    layer, x = call.layer, _padded(call)
     assert isinstance(layer, _Convolution)
-    x = _padded(layer, x)
-    for axis in range(x.ndim - 2):
+    spatial = x.ndim - 2
+    for axis in range(spatial):
         span = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
         x = x.unfold(2 + axis, span, layer.stride[axis])[..., :: layer.dilation[axis]]
-    spatial = (x.ndim - 2) // 2
     kernel_first = x.permute(0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial))
-    return kernel_first.reshape(len(x), layer.groups, -1, x.shape[2 : 2 + spatial].numel())
+    positions = x.shape[2 : 2 + spatial].numel()
+    return kernel_first.reshape(len(x), layer.groups, -1, positions)

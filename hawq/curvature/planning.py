@@ -13,7 +13,7 @@ from hawq.curvature.importance import draw_examples, output_curvature
 from hawq.curvature.sites import Granularity, Subject, activation_sites, weight_sites
 from hawq.curvature.units import EstimatorName, StopRule, TracePlan
 from hawq.space import evaluating
-from hawq.task import Batch, Task, moved
+from hawq.task import Batch, Objective, moved
 
 __all__ = ["Look", "look_here", "plan_traces"]
 
@@ -21,14 +21,13 @@ __all__ = ["Look", "look_here", "plan_traces"]
 Look = Callable[[Sequence[int]], Tensor]
 
 _FEW, _SOME = 4, 64
-_LOOK_BATCH = 64
 # Share of the outputs' curvature that may be left out, at the very most: a hundredth of what a
 # trace is ever asked to be known to.
 _NEGLIGIBLE = 1e-4
 
 
 def plan_traces(
-    task: Task,
+    task: Objective,
     model: nn.Module,
     layers: Sequence[str],
     *,
@@ -79,7 +78,7 @@ def plan_traces(
     if estimator == "finite_difference" and subject == "activations":
         raise ValueError("finite_difference is for weights, got subject 'activations'")
     device = next(model.parameters()).device
-    few = moved(task.batch(split, torch.arange(min(_FEW, task.size(split)))), device)
+    few = moved(task.batch(split, torch.arange(min(_FEW, batch_size, task.size(split)))), device)
     rank = _rank(task, model, few)
     if not rank and estimator.endswith("gauss_newton"):
         raise ValueError(
@@ -92,7 +91,9 @@ def plan_traces(
         choice = Choice(estimator, "asked for")
     drawn = _drawn(
         task.size(split),
-        (look or look_here(task, model, split)) if rank and choice.estimator != "fisher" else None,
+        (look or look_here(task, model, split, batch_size))
+        if rank and choice.estimator != "fisher"
+        else None,
         num_examples,
         pool,
         seed,
@@ -100,7 +101,7 @@ def plan_traces(
     floor = 0.0
     if choice.estimator.endswith("gauss_newton"):
         floor = _NEGLIGIBLE * drawn.total / (len(drawn.examples) * rank)
-        if estimator in {"auto", "gauss_newton"}:
+        if choice.estimator == "gauss_newton":
             some = drawn.by_curvature().every(max(1, len(drawn.examples) // _SOME))
             with evaluating(model):
                 passes = choose_passes(
@@ -108,6 +109,7 @@ def plan_traces(
                     model,
                     layers,
                     moved(task.batch(split, torch.tensor(some.examples)), device),
+                    one=moved(task.batch(split, torch.tensor(some.examples[:1])), device),
                     subject=subject,
                     weights=torch.tensor(some.weights, dtype=torch.float64),
                     floor=floor,
@@ -120,10 +122,11 @@ def plan_traces(
         drawn = drawn.by_curvature()
     if choice.estimator == "mixed_gauss_newton" and estimator != "mixed_gauss_newton":
         probes_per_unit = choice.probes
+    one = moved(task.batch(split, torch.arange(1)), device)
     sites = (
         weight_sites(model, layers)
         if subject == "weights"
-        else activation_sites(model, layers, lambda: task.losses(model, few))
+        else activation_sites(model, layers, lambda: task.losses(model, one))
     )
     plan = TracePlan(
         layers=tuple(layers),
@@ -148,7 +151,7 @@ def plan_traces(
     return plan, choice.reason
 
 
-def look_here(task: Task, model: nn.Module, split: str) -> Look:
+def look_here(task: Objective, model: nn.Module, split: str, batch_size: int) -> Look:
     """Look at examples in this process."""
 
     def look(examples: Sequence[int]) -> Tensor:
@@ -157,14 +160,14 @@ def look_here(task: Task, model: nn.Module, split: str) -> Look:
             return torch.cat(
                 [
                     output_curvature(task, model, moved(task.batch(split, part), device))
-                    for part in torch.tensor(examples).split(_LOOK_BATCH)
+                    for part in torch.tensor(examples).split(batch_size)
                 ]
             )
 
     return look
 
 
-def _rank(task: Task, model: nn.Module, batch: Batch) -> int:
+def _rank(task: Objective, model: nn.Module, batch: Batch) -> int:
     """Count the columns of all factors; 0 where the task gives none."""
     with evaluating(model), torch.no_grad():
         curvature = task.curvature(model, batch)

@@ -8,6 +8,10 @@ one. PyHessian stops at a small change of λ, but a slow iteration changes littl
 
 From a random start the eigenvalue is the top one with probability one, yet no residual proves it:
 where several eigenvalues lie within rtol·|λ| of each other, λ is one of them or between them.
+
+Few examples say too much: the top eigenvalue of their mean is larger than that of many, since v
+follows whichever of them bend the loss most. On a trained ResNet20, 256 images drawn uniformly gave
+1.6 to 2.7 times the eigenvalues of 8,192; drawn by importance, with weights, 0.8 to 0.9 times.
 """
 
 from collections.abc import Sequence
@@ -37,8 +41,8 @@ class TopEigenvalues:
         residual: ‖Hv − λv‖, shape (k,), same unit, for these examples: an eigenvalue of H lies
             within it. A later one holds what the vectors deflated before it lack.
         data_error: Standard error of λ over the choice of examples, shape (k,), same unit: of the
-            mean of vᵀH_j v over batches j, with v held fixed. In second order v moves with the
-            examples too, which makes the top eigenvalue of few examples larger than that of many.
+            mean of vᵀH_j v over batches j, with v held fixed. What λ is too large by because v fits
+            these examples is not in it.
         iterations: Products with H, shape (k,).
         converged: Which met the tolerance within the iterations allowed, shape (k,).
         vectors: The unit eigenvectors v, k of them, each a tensor a layer, shaped like its weight.

@@ -177,7 +177,7 @@ class ActivationTape:
             if gradient is None:
                 norms.append(torch.zeros(len(rows), seen.site.num_channels, dtype=torch.float64))
                 continue
-            squares = gradient[rows].square().movedim(seen.axis, 1).flatten(2)
+            squares = gradient[rows].square().movedim(seen.axis, 1)[..., None].flatten(2)
             norms.append(squares.sum(2, dtype=torch.float64).cpu())
         return norms
 

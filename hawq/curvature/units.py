@@ -25,6 +25,7 @@ from hawq.curvature.hutchinson import hutchinson_samples
 from hawq.curvature.network import differentiable, refuse_nonfinite, weights_of
 from hawq.curvature.per_example import Tape, WeightTape, per_example_traces
 from hawq.curvature.probes import probe_seed, totals
+from hawq.curvature.residual import residual_loss
 from hawq.curvature.sites import (
     ActivationTape,
     Granularity,
@@ -34,7 +35,7 @@ from hawq.curvature.sites import (
     group_names,
     group_sums,
 )
-from hawq.task import Batch, Factor, Task, moved
+from hawq.task import Batch, Factor, Objective, moved
 
 __all__ = ["EstimatorName", "Reducer", "StopRule", "TracePlan", "estimate_traces", "run_unit"]
 
@@ -42,6 +43,7 @@ EstimatorName = Literal[
     "exact_gauss_newton",
     "mixed_gauss_newton",
     "gauss_newton",
+    "corrected_gauss_newton",
     "hutchinson",
     "finite_difference",
     "fisher",
@@ -62,8 +64,9 @@ class TracePlan:
     Attributes:
         layers: Names of the layers whose weights, or inputs, are traced.
         estimator: ``"exact_gauss_newton"`` and ``"fisher"`` (the empirical one) need no probes, and
-            the numbers of them do not matter; ``"mixed_gauss_newton"``; ``"gauss_newton"``;
-            ``"hutchinson"``; ``"finite_difference"``.
+            the numbers of them do not matter; ``"mixed_gauss_newton"``; ``"gauss_newton"``, by
+            random signs; ``"corrected_gauss_newton"``, with Hutchinson's probes of what the Hessian
+            has besides; ``"hutchinson"``; ``"finite_difference"``.
         split: Split of the task that the examples come from.
         examples: Indices into it.
         batch_size: Examples a unit.
@@ -167,7 +170,12 @@ class TracePlan:
 
 
 def run_unit(
-    task: Task, model: nn.Module, plan: TracePlan, index: int, *, micro_batch: int | None = None
+    task: Objective,
+    model: nn.Module,
+    plan: TracePlan,
+    index: int,
+    *,
+    micro_batch: int | None = None,
 ) -> UnitSums:
     """Do one unit of a plan.
 
@@ -188,7 +196,7 @@ def run_unit(
     probes = range(visit * plan.probes_per_unit, (visit + 1) * plan.probes_per_unit)
     seeds = [probe_seed(plan.seed, batch_index, probe) for probe in probes]
     step = micro_batch or len(examples)
-    parts = []
+    parts, known = [], []
     for at in range(0, len(examples), step):
         one = _Part(
             task,
@@ -201,8 +209,16 @@ def run_unit(
             [probe_seed(seed, 0, at) if at else seed for seed in seeds],
         )
         parts.append(one.traces() if plan.sees_examples else one.samples())
+        if plan.estimator == "corrected_gauss_newton" and visit == 0:
+            known.append(np.einsum("n,kng->g", one.weights.numpy(), one.traces()))
     if not plan.sees_examples:
-        return UnitSums.of(batch_index, len(examples), np.sum(parts, 0), plan.num_sites)
+        return UnitSums.of(
+            batch_index,
+            len(examples),
+            np.sum(parts, 0),
+            plan.num_sites,
+            known=np.sum(known, 0) if known else None,
+        )
     w = np.array(weights)
     pool = plan.population.pool if plan.population else len(plan.examples)
     inclusion = len(plan.examples) / (pool * w)
@@ -220,7 +236,7 @@ def run_unit(
 class _Part:
     """Examples that are in memory together."""
 
-    task: Task
+    task: Objective
     model: nn.Module
     plan: TracePlan
     batch_index: int
@@ -231,11 +247,11 @@ class _Part:
     def traces(self) -> NDArray[np.float64]:
         """Each example's traces, shape (K, N, G)."""
         plan = self.plan
-        exact = plan.estimator in _EXACT
+        exact = plan.estimator != "mixed_gauss_newton"
         tape: Tape
         leaves = weights_of(self.model, plan.layers)
         if plan.subject == "weights":
-            tape = WeightTape({name: self.model.get_submodule(name) for name in plan.layers})
+            tape = WeightTape(self.model, plan.layers)
         else:
             tape, leaves = ActivationTape(self.model, plan.layers), []
         with differentiable(self.model, leaves):
@@ -261,10 +277,14 @@ class _Part:
         with differentiable(model, leaves):
             batch = self._batch()
 
+            def losses() -> Tensor:
+                each = self.task.losses(model, batch)
+                refuse_nonfinite(each, "loss", self._where)
+                return each
+
             def loss() -> Tensor:
-                losses = self.task.losses(model, batch)
-                refuse_nonfinite(losses, "loss", self._where)
-                return (losses * self.weights.to(losses)).sum()
+                each = losses()
+                return (each * self.weights.to(each)).sum()
 
             if plan.estimator == "finite_difference":
                 return finite_difference_samples(
@@ -274,6 +294,13 @@ class _Part:
                 root = None
                 if plan.estimator == "hutchinson":
                     root = loss()
+                elif plan.estimator == "corrected_gauss_newton":
+                    residual = residual_loss(losses, model, self.weights)
+                    if residual is None:
+                        raise ValueError(
+                            "corrected_gauss_newton needs a network that returns one tensor, once"
+                        )
+                    root, _ = residual
                 else:
                     outputs, factors = self._outputs(batch)
             inputs: Sequence[Tensor] | Sequence[GradientEdge] = tape.edges if tape else leaves
@@ -393,7 +420,7 @@ def _good_enough(plan: TracePlan, estimate: TraceEstimate) -> bool:
     return bool(estimate.converged(plan.rtol, plan.atol).all())
 
 
-def estimate_traces(task: Task, model: nn.Module, plan: TracePlan) -> TraceEstimate:
+def estimate_traces(task: Objective, model: nn.Module, plan: TracePlan) -> TraceEstimate:
     """Carry out a plan in this process; workers give the same bits."""
     reducer = Reducer(plan)
     for index in range(plan.num_units):

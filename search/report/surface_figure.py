@@ -102,5 +102,5 @@ def _ticks(low: float, high: float) -> dict[str, list[float] | list[str]]:
     values = values if len(values) > 1 else [10**low, 10**high]
     return {
         "tickvals": [math.log10(value) for value in values],
-        "ticktext": [significant(value) for value in values],
+        "ticktext": [f"{value:.3g}" for value in values],
     }

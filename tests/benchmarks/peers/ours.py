@@ -1,16 +1,19 @@
-"""hawq's own estimators, through the same door as a search uses: a plan and its units."""
+"""hawq's own estimators, through the same door as a search uses: a plan, and its estimate."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hawq.curvature import EstimatorName, TracePlan, UnitSums, run_unit
-from hawq.task import Factor, softmax_factor
+from hawq.curvature import EstimatorName, TracePlan, estimate_traces, plan_traces
+from hawq.factors import softmax_factor
+from hawq.task import Factor
 from tests.benchmarks.peers.measure import Step, measure
 from tests.benchmarks.peers.problem import Problem
 
@@ -19,16 +22,9 @@ ImageBatch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The problem as a task, as far as curvature asks; see ``hawq.task.Task``."""
+    """The problem as curvature wants it; see ``hawq.task.Objective``."""
 
     problem: Problem
-    score_name = "accuracy"
-    fingerprint = "held"
-    search_seen = True
-
-    def model(self) -> nn.Module:
-        """Return the network."""
-        return self.problem.model
 
     def size(self, split: str) -> int:
         """Count the images."""
@@ -37,14 +33,6 @@ class Held:
     def batch(self, split: str, indices: Tensor) -> ImageBatch:
         """Return images and labels."""
         return self.problem.images[indices], self.problem.labels[indices]
-
-    def augment(self, batch: ImageBatch, generator: object) -> ImageBatch:
-        """Return the batch as it is."""
-        return batch
-
-    def inputs(self, batch: ImageBatch) -> Tensor:
-        """Return the images."""
-        return batch[0]
 
     def losses(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """Return each image's cross-entropy."""
@@ -55,55 +43,64 @@ class Held:
         logits = model(batch[0])
         return logits, [softmax_factor(logits)]
 
-    def scores(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        """Return 1 where the likeliest class is right."""
-        return (model(batch[0]).argmax(1) == batch[1]).float()
+
+def automatic(problem: Problem, batch: int) -> Callable[[], Step]:
+    """What a search would do by itself on these images, until every layer is within 5 %."""
+    return _estimates(problem, _plan(problem, batch, "auto"))
 
 
-def traces(
-    estimator: EstimatorName, probes: int, problem: Problem, batch: int
+def rounds(
+    estimator: EstimatorName, probes: int, leading: int, problem: Problem, batch: int
 ) -> Callable[[], Step]:
-    """One round of a plan's units: every batch once, with a few probes that share its forward."""
-    task = Held(problem)
-    plan = TracePlan(
-        layers=problem.layers,
+    """A few probes on every image, which share a forward pass; all of it where exact."""
+    plan = _plan(problem, batch, estimator)
+    plan = replace(plan, probes_per_unit=probes, max_probes=probes, leading=leading)
+    return _estimates(problem, plan)
+
+
+def reference(problem: Problem, batch: int) -> Callable[[], Step]:
+    """The exact traces in float64, nothing left out, which all others are compared with."""
+    problem.model.double()
+    twin = replace(problem, images=problem.images.double())
+    return _estimates(twin, replace(_plan(twin, batch, "exact_gauss_newton"), floor=0.0))
+
+
+def _plan(problem: Problem, batch: int, estimator: EstimatorName | Literal["auto"]) -> TracePlan:
+    plan, _ = plan_traces(
+        Held(problem),
+        problem.model,
+        problem.layers,
         estimator=estimator,
-        split="train",
-        examples=tuple(range(len(problem.labels))),
+        num_examples=len(problem.labels),
+        pool=None,
         batch_size=batch,
-        probes_per_unit=probes,
-        rtol=0.05,
-        max_probes=1 << 20,
-        seed=torch.initial_seed(),
     )
-    at = 0
+    if sorted(plan.examples) != list(range(len(problem.labels))):
+        raise ValueError("the plan must take every image once, got another draw of them")
+    return plan
+
+
+def _estimates(problem: Problem, plan: TracePlan) -> Callable[[], Step]:
+    seeds = count(torch.initial_seed() << 10)
 
     def step() -> Step:
-        nonlocal at
-        units = [run_unit(task, problem.model, plan, at + i) for i in range(plan.num_batches)]
-        at += plan.num_batches
-        return _round(units)
+        found = estimate_traces(Held(problem), problem.model, replace(plan, seed=next(seeds)))
+        probes = found.num_probes
+        # From the standard error of the mean back to Σ (probe − mean)².
+        return Step(found.trace, probes, np.square(found.probe_error) * probes * (probes - 1))
 
     return step
-
-
-def _round(units: Sequence[UnitSums]) -> Step:
-    """Add the batches of one round up."""
-    num = sum(unit.num_examples for unit in units)
-    total = sum(unit.total for unit in units) / num
-    probes = units[0].num_probes
-    if not probes:
-        return Step(total, probes=0)
-    # Each batch has probes of its own: their variances add up.
-    squares = sum(unit.square - unit.total**2 / probes for unit in units) / num**2
-    return Step(total / probes, probes, np.maximum(squares, 0))
 
 
 if __name__ == "__main__":
     measure(
         {
-            "exact Gauss-Newton": partial(traces, "exact_gauss_newton", 2),
-            "Gauss-Newton": partial(traces, "gauss_newton", 8),
-            "Hutchinson": partial(traces, "hutchinson", 8),
+            "exact, float64": reference,
+            "automatic": automatic,
+            "exact Gauss-Newton": partial(rounds, "exact_gauss_newton", 2, 0),
+            "1 direction and signs": partial(rounds, "mixed_gauss_newton", 2, 1),
+            "Gauss-Newton by example": partial(rounds, "mixed_gauss_newton", 2, 0),
+            "Gauss-Newton": partial(rounds, "gauss_newton", 8, 0),
+            "Hutchinson": partial(rounds, "hutchinson", 8, 0),
         }
     )

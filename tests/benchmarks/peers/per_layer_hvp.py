@@ -1,6 +1,6 @@
 """The usual recipe: for every layer, the gradient in its weight, then one product a probe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,26 +10,32 @@ from torch import Tensor
 from tests.benchmarks.peers.measure import Step, measure
 from tests.benchmarks.peers.problem import Problem
 
+PROBES = 4  # that share a gradient's graph, batch by batch
+
 
 def per_layer(problem: Problem, batch: int) -> Callable[[], Step]:
-    """One Hessian-vector product a layer, a batch and a probe."""
+    """Hessian-vector products of one layer, one batch and a few probes at a time."""
 
     def step() -> Step:
-        traces = []
-        for weight in problem.weights:
-            z = torch.randint_like(weight, 2) * 2 - 1
-            traces.append(sum(_product(problem, *b, weight, z) for b in problem.batches(batch)))
-        return Step(np.array(traces) / len(problem.labels))
+        samples = np.zeros((PROBES, len(problem.layers)))
+        for i, weight in enumerate(problem.weights):
+            probes = [torch.randint_like(weight, 2) * 2 - 1 for _ in range(PROBES)]
+            for images, labels in problem.batches(batch):
+                samples[:, i] += _products(problem, images, labels, weight, probes)
+        samples /= len(problem.labels)
+        return Step(samples.mean(0), PROBES, np.square(samples - samples.mean(0)).sum(0))
 
     return step
 
 
-def _product(problem: Problem, images: Tensor, labels: Tensor, weight: Tensor, z: Tensor) -> float:
-    """Return zᵀHz of the batch's summed loss."""
+def _products(
+    problem: Problem, images: Tensor, labels: Tensor, weight: Tensor, probes: Sequence[Tensor]
+) -> list[float]:
+    """Return zᵀHz of the batch's summed loss for every probe z."""
     loss = F.cross_entropy(problem.model(images), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
-    (product,) = torch.autograd.grad(gradient, weight, z)
-    return float((z * product).sum())
+    products = [torch.autograd.grad(gradient, weight, z, retain_graph=True)[0] for z in probes]
+    return [float((z * product).sum()) for z, product in zip(probes, products, strict=True)]
 
 
 if __name__ == "__main__":

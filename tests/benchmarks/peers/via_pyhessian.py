@@ -48,4 +48,4 @@ def _hessian(problem: Problem, batch: int) -> hessian:
 
 
 if __name__ == "__main__":
-    measure({"whole network": whole, "layer by layer": per_layer}, "pyhessian")
+    measure({"whole network, no layers": whole, "layer by layer": per_layer}, "pyhessian")
