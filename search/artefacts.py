@@ -12,19 +12,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from hawq.curvature import EstimatorName
 
 __all__ = [
+    "BlockEigenvalue",
     "BudgetLimit",
     "Candidate",
     "CandidatesArtefact",
     "CurvatureArtefact",
     "Difference",
+    "EigenvalueDocument",
     "EpochRecord",
     "FrontPoints",
+    "LossSurface",
     "ModelArtefact",
     "Score",
     "StageCost",
     "Summary",
     "TablesArtefact",
     "TestArtefact",
+    "TraceDocument",
+    "TraceGroup",
     "Trial",
     "TrialsArtefact",
 ]
@@ -73,6 +78,87 @@ class CurvatureArtefact(_Artefact):
     rtol: float
     converged: bool = Field(description="Whether every probe error is at most rtol of its trace.")
     num_negative: int = Field(description="Negative traces; they count as zero in Ω.")
+
+
+class TraceGroup(_Artefact):
+    """The curvature of one layer, activation tensor, or channel of it."""
+
+    group: str
+    n: int = Field(description="Weights, or activations of one example.")
+    trace: float = Field(description="Of the mean loss's Hessian block.")
+    probe_error: float = Field(description="Standard error over the random probes.")
+    data_error: float = Field(description="Standard error over the choice of examples.")
+    share: float = Field(description="Of the sum over all sites.")
+    share_error: float = Field(description="Its standard error over probes and examples.")
+
+
+class TraceDocument(_Artefact):
+    """What ``hawq trace`` found: the sites first, then their channels where they were asked for."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    subject: Literal["weights", "activations"]
+    granularity: Literal["layer", "channel"]
+    estimator: EstimatorName
+    reason: str
+    seed: int
+    num_sites: int
+    num_probes: int = Field(description="On every example; 0 for an exact estimator.")
+    num_examples: int
+    pool_size: int = Field(description="Examples that these were drawn from.")
+    population_size: int = Field(description="Examples that the pool was drawn from.")
+    rtol: float
+    converged: bool = Field(description="Whether every group met the tolerance.")
+    num_negative: int = Field(description="Negative traces; they count as zero in Ω.")
+    workers: int
+    seconds: float = Field(description="Workers' start, look at the pool, and probes.")
+    cpu_seconds: float
+    finished: str = Field(description="UTC, ISO 8601.")
+    machine: dict[str, str]
+    versions: dict[str, str]
+    groups: list[TraceGroup]
+
+
+class BlockEigenvalue(_Artefact):
+    """The top eigenvalue of one block of layers."""
+
+    block: str
+    layers: list[str]
+    n: int = Field(description="Weights.")
+    eigenvalue: float = Field(description="Of largest modulus, with its sign.")
+    residual: float = Field(description="‖Hv − λv‖: an eigenvalue lies within it.")
+    data_error: float = Field(description="Standard error over the choice of examples.")
+    iterations: int
+    converged: bool
+
+
+class LossSurface(_Artefact):
+    """The loss along a block's two top eigenvectors."""
+
+    block: str
+    eigenvalues: list[float]
+    offsets: list[float] = Field(description="Along each, of unit eigenvectors.")
+    losses: list[list[float]] = Field(description="Rows along the first eigenvector.")
+
+
+class EigenvalueDocument(_Artefact):
+    """What ``hawq trace --estimator eigenvalue`` found, block by block."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    seed: int
+    num_examples: int
+    pool_size: int
+    population_size: int
+    rtol: float
+    workers: int
+    seconds: float
+    cpu_seconds: float
+    finished: str = Field(description="UTC, ISO 8601.")
+    machine: dict[str, str]
+    versions: dict[str, str]
+    blocks: list[BlockEigenvalue]
+    surfaces: list[LossSurface] = Field(description="Of the blocks of largest and smallest λ.")
 
 
 class TablesArtefact(_Artefact):

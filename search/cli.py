@@ -77,6 +77,109 @@ def run(
 
 
 @app.command()
+def trace(
+    config: ConfigPath,
+    of: Annotated[
+        Literal["weights", "activations"], typer.Option("--of", help="Of what")
+    ] = "weights",
+    granularity: Annotated[
+        Literal["layer", "channel"], typer.Option(help="channel traces each channel, too")
+    ] = "layer",
+    estimator: Annotated[
+        Literal["auto", "gauss_newton", "hutchinson", "finite_difference", "fisher", "eigenvalue"],
+        typer.Option(help="auto: Gauss-Newton where it is the Hessian, and says why or why not"),
+    ] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers [default: one for each CPU]")
+    ] = None,
+    rtol: Annotated[
+        float | None, typer.Option(help="Relative probe error to stop at [default: the config's]")
+    ] = None,
+    max_probes: Annotated[
+        int | None, typer.Option(help="Probes an example at most [default: the config's]")
+    ] = None,
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=GLOB[,GLOB]: a block of eigenvalue [default: residual blocks]"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file; a page goes beside it [default: in the run]")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--run", help="Folder of the run [default: runs/NAME_OF_CONFIG]"),
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, HOST:PORT [default: start Ray here]")
+    ] = None,
+) -> None:
+    """Trace the Hessian of every layer, activation tensor or channel, with its errors."""
+    from search.config_file import load_config  # noqa: PLC0415
+
+    given = {
+        "workers.count": workers,
+        "curvature.rtol": rtol,
+        "curvature.max_probes": max_probes,
+        "curvature.estimator": None if estimator in {"auto", "eigenvalue"} else estimator,
+        "ray.address": address,
+    }
+    extra = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    if max_probes is not None and max_probes < 4:  # noqa: PLR2004  a unit has four by default
+        extra.append(f"curvature.probes_per_unit={max(2, max_probes)}")
+    loaded = load_config(config, [*(overrides or []), *extra])
+    from search.folder import write_atomically  # noqa: PLC0415
+    from search.report import render_eigenvalues, render_traces  # noqa: PLC0415
+    from search.terminal import LiveView, eigenvalue_table, trace_table  # noqa: PLC0415
+    from search.trace_documents import trace_blocks, trace_network  # noqa: PLC0415
+
+    run_folder = folder or Path("runs") / config.stem
+    path = out or run_folder / f"{'eigenvalues' if estimator == 'eigenvalue' else 'traces'}.json"
+    try:
+        with LiveView(_out) as view:
+            if estimator == "eigenvalue":
+                found = trace_blocks(
+                    loaded,
+                    run_folder,
+                    name=config.stem,
+                    groups=_groups(blocks),
+                    listeners=[view],
+                )
+                table, page = eigenvalue_table(found), render_eigenvalues(found)
+                text = found.model_dump_json(indent=1)
+            else:
+                traced = trace_network(
+                    loaded,
+                    run_folder,
+                    name=config.stem,
+                    subject=of,
+                    granularity=granularity,
+                    listeners=[view],
+                )
+                table, page = trace_table(traced), render_traces(traced)
+                text = traced.model_dump_json(indent=1)
+    except KeyboardInterrupt:
+        _fail("interrupted: run the same command again to go on", 130)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    write_atomically(path.with_suffix(".html"), page)
+    _out.print(table)
+    _out.print(Text(f"{path} and {path.with_suffix('.html').name}"), soft_wrap=True)
+
+
+def _groups(blocks: list[str] | None) -> dict[str, list[str]] | None:
+    if not blocks:
+        return None
+    groups = {}
+    for block in blocks:
+        name, separator, globs = block.partition("=")
+        if not separator or not name or not globs:
+            raise InputError(f"--blocks: must be NAME=GLOB[,GLOB], got {block!r}")
+        groups[name] = globs.split(",")
+    return groups
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write")] = Path("search.yaml"),
 ) -> None:

@@ -7,10 +7,11 @@ Read ``STAGES`` and ``run``, then any file of ``search/stages/`` alone.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from search.stages.search import Search
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights
 
-__all__ = ["STAGES", "Stage", "run"]
+__all__ = ["STAGES", "Stage", "run", "trained"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,27 +99,68 @@ def run(
     Raises:
         InputError: If something that was given is wrong; nothing is half-written then.
     """
+    with _under_way(config, out, STAGES, force, listeners) as (search, cluster):
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(out / "config.yaml", resolved)
+        for stage in STAGES:
+            _finish(search, stage, cluster)
+        return _report(search, name)
+
+
+@contextmanager
+def trained(
+    config: SearchConfig, out: Path, *, listeners: Iterable[Listener] = ()
+) -> Iterator[Search]:
+    """Have the network of a search, trained if need be, and a cluster, but nothing more.
+
+    Args:
+        config: What to search.
+        out: The run's folder, where a trained network is found or left.
+        listeners: Called with every event.
+
+    Raises:
+        InputError: If something that was given is wrong.
+    """
+    with _under_way(config, out, STAGES[:1], False, listeners) as (search, cluster):
+        _finish(search, STAGES[0], cluster)
+        cluster()
+        yield search
+
+
+@contextmanager
+def _under_way(
+    config: SearchConfig,
+    out: Path,
+    stages: Sequence[Stage],
+    force: bool,
+    listeners: Iterable[Listener],
+) -> Iterator[tuple[Search, Callable[[], None]]]:
+    """Lock the folder; yield the search and what connects to the cluster, once."""
     folder = RunFolder(out)
     search = _prepare(config, folder, EventLog(out / "events.jsonl", listeners))
     if not force:
-        _refuse_changes(search)
+        _refuse_changes(search, stages)
     with ExitStack() as stack:
         stack.enter_context(_one_thread())
         stack.enter_context(folder.locked())
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        write_atomically(out / "config.yaml", resolved)
-        connection_open = False
-        for stage in STAGES:
-            inputs = stage.inputs(search)
-            if folder.inputs(stage.name) == inputs:
-                search.events.emit(stage.name, "skipped", "already there")
-                continue
-            if stage.uses_ray and not connection_open:
-                where = connected(config.ray.address, dashboard=config.ray.dashboard)
-                search.events.emit("run", "note", stack.enter_context(where))
-                connection_open = True
-            _make(search, stage, inputs)
-        return _report(search, name)
+
+        @cache
+        def cluster() -> None:
+            where = connected(config.ray.address, dashboard=config.ray.dashboard)
+            search.events.emit("run", "note", stack.enter_context(where))
+
+        yield search, cluster
+
+
+def _finish(search: Search, stage: Stage, cluster: Callable[[], None]) -> None:
+    """Make a stage, unless it is there."""
+    inputs = stage.inputs(search)
+    if search.folder.inputs(stage.name) == inputs:
+        search.events.emit(stage.name, "skipped", "already there")
+        return
+    if stage.uses_ray:
+        cluster()
+    _make(search, stage, inputs)
 
 
 @contextmanager
@@ -169,9 +211,9 @@ def _refuse_infeasible(space: Space, budget: Budget, path: str) -> None:
         )
 
 
-def _refuse_changes(search: Search) -> None:
+def _refuse_changes(search: Search, stages: Sequence[Stage]) -> None:
     """Refuse a config that would throw finished work away."""
-    for stage in STAGES:
+    for stage in stages:
         if not search.folder.artefact(stage.name).exists():
             return
         try:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from torch import Tensor
@@ -28,6 +29,8 @@ from hawq.curvature import (
     output_curvature,
     run_unit,
 )
+from hawq.curvature.power_iteration import TopEigenvalues, top_eigenvalues
+from hawq.curvature.surface import loss_surface
 from hawq.task import Task, moved
 from search.errors import InputError
 
@@ -93,6 +96,25 @@ class ProbeWorker:
             with _half_precision(self._device):
                 found += output_curvature(self._task, self._model, batch).tolist()
         return found, time.process_time() - started, batch_size
+
+    def eigenvalues(
+        self, layers: Sequence[str], arguments: dict[str, Any]
+    ) -> tuple[TopEigenvalues, float, int]:
+        """Find a block's top eigenvalues; return them as ``run`` does a unit."""
+        started = time.process_time()
+        found = top_eigenvalues(self._task, self._model, layers, **arguments)
+        return found, time.process_time() - started, arguments["batch_size"]
+
+    def surface(
+        self,
+        layers: Sequence[str],
+        directions: tuple[Sequence[Tensor], Sequence[Tensor]],
+        arguments: dict[str, Any],
+    ) -> tuple[NDArray[np.float64], float, int]:
+        """Evaluate the loss around the weights; return it as ``run`` does a unit."""
+        started = time.process_time()
+        found = loss_surface(self._task, self._model, layers, directions, **arguments)
+        return found, time.process_time() - started, arguments["batch_size"]
 
 
 def _half_precision(device: str) -> AbstractContextManager[Any]:

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hawq.cost import FLOAT_BITS, mib
-from search.artefacts import Score, Summary
+from search.artefacts import EigenvalueDocument, Score, Summary, TraceDocument
 from search.events import Event
 
-__all__ = ["LiveView", "result_table"]
+__all__ = ["LiveView", "eigenvalue_table", "result_table", "trace_table"]
 
 _PLAIN_SECONDS = 5.0
 
@@ -183,6 +183,61 @@ def result_table(summary: Summary) -> Table:
             end_section=following is None or following.budget != row.budget,
         )
     return table
+
+
+def trace_table(found: TraceDocument) -> Table:
+    """Lay out the traces of a network, a row a site; channels are in the document alone."""
+    table = Table(
+        title=f"{found.name}: Hessian traces of {found.subject}, {found.estimator}",
+        caption=f"{found.num_probes} probes on {found.num_examples} examples of "
+        f"{found.pool_size}, {found.workers} workers, {found.seconds:.1f} s",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("layer" if found.subject == "weights" else "tensor", no_wrap=True)
+    for heading in ("n", "trace", "trace / n", "± probes", "± data", "share", "± share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group in found.groups[: found.num_sites]:
+        size = abs(group.trace)
+        table.add_row(
+            group.group,
+            str(group.n),
+            f"{group.trace:.4g}",
+            f"{group.trace / group.n:.3e}",
+            _relative(group.probe_error, size) if found.num_probes else "none",
+            _relative(group.data_error, size),
+            f"{100 * group.share:.2f} %",
+            f"{100 * group.share_error:.2f}",
+        )
+    return table
+
+
+def eigenvalue_table(found: EigenvalueDocument) -> Table:
+    """Lay out the top eigenvalues of blocks, with HAWQ's order S = λ/n."""
+    table = Table(
+        title=f"{found.name}: top Hessian eigenvalue of each block",
+        caption=f"{found.num_examples} examples of {found.pool_size}, {found.workers} workers, "
+        f"{found.seconds:.1f} s",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("block", no_wrap=True)
+    for heading in ("layers", "n", "λ", "± residual", "± data", "λ / n", "products"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for block in found.blocks:
+        table.add_row(
+            block.block,
+            str(len(block.layers)),
+            str(block.n),
+            f"{block.eigenvalue:.4g}",
+            _relative(block.residual, abs(block.eigenvalue)),
+            _relative(block.data_error, abs(block.eigenvalue)),
+            f"{block.eigenvalue / block.n:.3e}",
+            f"{block.iterations}{'' if block.converged else ', not converged'}",
+        )
+    return table
+
+
+def _relative(error: float, size: float) -> str:
+    return f"{100 * error / size:.1f} %" if size else f"{error:.1g}"
 
 
 def _percent(score: Score) -> str:

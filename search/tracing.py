@@ -40,13 +40,15 @@ class Traced:
         plan: What was done.
         reason: Why with this estimator.
         estimate: What came out.
-        cpu_seconds: Of all workers.
+        workers: How many there were.
+        cpu_seconds: Of all of them.
         seconds: From the start of the workers to the end.
     """
 
     plan: TracePlan
     reason: str
     estimate: TraceEstimate
+    workers: int
     cpu_seconds: float
     seconds: float
 
@@ -104,10 +106,11 @@ def trace_on_cluster(
             )
         micro_batch = min(micro_batch, settings.batch_size)
         note(f"{micro_batch} examples of {settings.batch_size} at once, within memory_gib")
+    count = num_workers(workers.count, workers.cpus, workers.gpus)
     with WorkerPool(
         task,
         state,
-        workers=num_workers(workers.count, workers.cpus, workers.gpus),
+        workers=count,
         cpus=workers.cpus,
         gpus=workers.gpus,
         micro_batch=micro_batch,
@@ -145,7 +148,8 @@ def trace_on_cluster(
             on_unit=lambda reducer: _report(reducer, progress),
             on_note=note,
         )
-        return Traced(plan, reason, estimate, pool.cpu_seconds, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return Traced(plan, reason, estimate, count, pool.cpu_seconds, seconds)
 
 
 def _few(task: Task, settings: CurvatureConfig) -> int:

@@ -5,7 +5,7 @@ from hawq.curvature.estimate import NonFiniteTraceError, Population, TraceEstima
 from hawq.curvature.importance import Draw, draw_examples, output_curvature
 from hawq.curvature.memory import fitting_examples
 from hawq.curvature.per_example import supports_examples
-from hawq.curvature.planning import Look, plan_traces
+from hawq.curvature.planning import DrawnExamples, Look, drawn_examples, plan_traces
 from hawq.curvature.sites import Granularity, Site, Subject
 from hawq.curvature.units import (
     EstimatorName,
@@ -19,6 +19,7 @@ from hawq.curvature.units import (
 __all__ = [
     "Choice",
     "Draw",
+    "DrawnExamples",
     "EstimatorName",
     "Granularity",
     "Look",
@@ -33,6 +34,7 @@ __all__ = [
     "UnitSums",
     "choose_estimator",
     "draw_examples",
+    "drawn_examples",
     "estimate_traces",
     "fitting_examples",
     "output_curvature",

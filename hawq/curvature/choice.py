@@ -96,7 +96,7 @@ def choose_estimator(
         f"the Hessian's blocks are Gauss–Newton's: every operator is piecewise linear in each "
         f"{what}, and a Hessian-vector product agrees"
     )
-    for holds, estimator, reason in (
+    rules: tuple[tuple[object, EstimatorName, str], ...] = (
         (seen.broken and not seen.factored, "finite_difference", f"no derivative: {seen.broken}"),
         (
             seen.broken,
@@ -107,7 +107,8 @@ def choose_estimator(
         (seen.disagreement, "hutchinson", seen.disagreement),
         (not seen.nonlinear, "gauss_newton", linear),
         (seen.splits, "corrected_gauss_newton", f"{smooth}; its two parts add up to the Hessian"),
-    ):
+    )
+    for holds, estimator, reason in rules:
         if holds:
             return Choice(estimator, reason)
     return Choice("hutchinson", smooth)

@@ -15,7 +15,7 @@ from hawq.curvature.units import EstimatorName, StopRule, TracePlan
 from hawq.space import evaluating
 from hawq.task import Batch, Objective, moved
 
-__all__ = ["Look", "look_here", "plan_traces"]
+__all__ = ["DrawnExamples", "Look", "drawn_examples", "look_here", "plan_traces"]
 
 # From indices into a split to the curvature of those examples' outputs, shape (N,).
 Look = Callable[[Sequence[int]], Tensor]
@@ -89,7 +89,7 @@ def plan_traces(
         choice = choose_estimator(task, model, layers, few, subject=subject)
     else:
         choice = Choice(estimator, "asked for")
-    drawn = _drawn(
+    drawn = drawn_examples(
         task.size(split),
         (look or look_here(task, model, split, batch_size))
         if rank and choice.estimator != "fisher"
@@ -175,8 +175,15 @@ def _rank(task: Objective, model: nn.Module, batch: Batch) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
-    """Examples with their weights, and the curvature of their outputs (zeros where not looked)."""
+class DrawnExamples:
+    """Examples of a split.
+
+    Attributes:
+        examples: Indices.
+        weights: What each counts for.
+        curvature: Of their outputs, shape (N,); zeros where nobody looked.
+        population: Where they come from.
+    """
 
     examples: list[int]
     weights: list[float]
@@ -185,15 +192,18 @@ class _Drawn:
 
     @property
     def total(self) -> float:
+        """Curvature of all outputs together."""
         return float((torch.tensor(self.weights, dtype=torch.float64) * self.curvature).sum())
 
-    def by_curvature(self) -> "_Drawn":
+    def by_curvature(self) -> "DrawnExamples":
+        """Sort them, the largest curvature first."""
         return self._take(self.curvature.argsort(descending=True, stable=True).tolist())
 
-    def every(self, step: int) -> "_Drawn":
+    def every(self, step: int) -> "DrawnExamples":
+        """Take one of every few."""
         return self._take(range(0, len(self.examples), step))
 
-    def _take(self, order: Sequence[int]) -> "_Drawn":
+    def _take(self, order: Sequence[int]) -> "DrawnExamples":
         return replace(
             self,
             examples=[self.examples[i] for i in order],
@@ -202,18 +212,30 @@ class _Drawn:
         )
 
 
-def _drawn(size: int, look: Look | None, num: int, pool: int | None, seed: int) -> _Drawn:
+def drawn_examples(
+    size: int, look: Look | None, num: int, pool: int | None, seed: int
+) -> DrawnExamples:
+    """Draw examples from a split.
+
+    Args:
+        size: Examples of the split.
+        look: Tells the curvature of examples' outputs, to draw in proportion to it; None draws all
+            alike.
+        num: How many; all where there are no more.
+        pool: How many to look at; None for those that are drawn.
+        seed: Of the draw.
+    """
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     num = min(num, size)
     if look is None:
         zeros = torch.zeros(num, dtype=torch.float64)
-        return _Drawn(order[:num], [1.0] * num, zeros, Population(num, size))
+        return DrawnExamples(order[:num], [1.0] * num, zeros, Population(num, size))
     among = order[: max(pool or 0, num)]
     curvature = look(among)
     draw = draw_examples(curvature, num, seed)
     mean = float(curvature.mean())
     spread = float(curvature.var(correction=0)) / mean**2 if mean else 0.0
-    return _Drawn(
+    return DrawnExamples(
         [among[i] for i in draw.examples],
         list(draw.weights),
         curvature[list(draw.examples)],

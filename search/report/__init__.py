@@ -1,5 +1,6 @@
-"""The report of a run: one page that opens anywhere, offline, with its figures in it."""
+"""The reports: pages that open anywhere, offline, with their figures in them."""
 
 from search.report.page import render
+from search.report.trace_page import render_eigenvalues, render_traces
 
-__all__ = ["render"]
+__all__ = ["render", "render_eigenvalues", "render_traces"]
