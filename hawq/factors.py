@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hawq.curvature.finite_difference import missing_second_derivative
 from hawq.task import Factor
 
 __all__ = [
@@ -198,19 +199,19 @@ def factors_of(losses: Callable[[Tensor], Tensor], outputs: Tensor) -> list[Fact
     if rank > _DENSE:
         return None
     at = outputs.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(losses(at).sum(), at, create_graph=True)
-    flat = slope.flatten(1)
+    loss = losses(at).sum()
+    if missing_second_derivative(loss, [at]):
+        return None
+    (slope,) = torch.autograd.grad(loss, at, create_graph=True)
+    flat = slope.reshape(len(slope), rank)
     rows = []
     for column in range(rank):
         if not flat.requires_grad:  # linear in the outputs
             break
-        try:
-            (row,) = torch.autograd.grad(
-                flat[:, column].sum(), at, retain_graph=True, materialize_grads=True
-            )
-        except RuntimeError:  # an operator without a second derivative
-            return None
-        rows.append(row.flatten(1))
+        (row,) = torch.autograd.grad(
+            flat[:, column].sum(), at, retain_graph=True, materialize_grads=True
+        )
+        rows.append(row.reshape(len(row), rank))
     if not rows:
         return [_diagonal(torch.zeros_like(outputs.detach()), "sum", 1.0)]
     hessian = torch.stack(rows, 1).double()

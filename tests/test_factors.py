@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from oracles import TinyTask, block_traces, dense_hessian
@@ -89,6 +89,7 @@ def hessians(loss: Callable[[Tensor, int], Tensor], outputs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("name", ELEMENTWISE)
+@settings(max_examples=40)
 @given(logits=LOGITS, data=st.data())
 def test_the_factors_of_elementwise_losses_square_to_their_hessians(name, reduction, logits, data):
     loss, factors = ELEMENTWISE[name]

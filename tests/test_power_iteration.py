@@ -179,6 +179,12 @@ def test_a_repeated_eigenvalue_is_found_as_often_as_it_is_there():
     np.testing.assert_allclose(found.values, [3, 3, 1], rtol=1e-9)
 
 
+def test_the_largest_comes_first_though_it_may_be_found_later():
+    for seed in range(10):
+        found = top(with_spectrum(5, 4.9, 4.8, 4.7, 1), num=3, rtol=0.1, seed=seed)
+        assert found.values.tolist() == sorted(found.values, reverse=True)
+
+
 def test_every_eigenvalue_can_be_found():
     eigenvalues = (5, -4, 3, 2, -1)
     np.testing.assert_allclose(top(with_spectrum(*eigenvalues), num=5).values, eigenvalues)
@@ -282,6 +288,18 @@ def test_float32_reaches_tolerances_near_its_rounding():
     assert found.values[0] == pytest.approx(double, rel=1e-5)
 
 
+def test_a_tolerance_below_the_rounding_does_no_harm():
+    # The last iterates differ by rounding alone, which must not be taken for a direction.
+    double = top(TINY, LAYERS, examples=range(12)).values[0]
+    for max_iterations in (50, 60):
+        found = top(
+            TinyTask(), LAYERS, examples=range(12), rtol=1e-12, max_iterations=max_iterations
+        )
+        assert not found.converged[0]
+        assert found.values[0] == pytest.approx(double, rel=1e-6)
+        assert found.residual[0] < 1e-4
+
+
 def test_equal_seeds_give_equal_bits_and_other_seeds_the_same_eigenvalue():
     first, again, other = (top(TINY, LAYERS, examples=range(12), seed=seed) for seed in (0, 0, 1))
     assert first.values.tolist() == again.values.tolist()
@@ -371,6 +389,12 @@ def test_a_weight_in_which_the_loss_is_linear_still_turns_with_the_others():
     vectors = [torch.tensor([1.0, 2]).double(), torch.zeros(2).double()]
     parts = hessian_product(a @ b, [a, b], vectors)
     assert [part.tolist() for part in parts] == [[0, 0], [1, 2]]
+
+
+def test_a_weight_in_which_the_loss_is_linear_has_rows_of_zeros_beside_one_that_it_bends():
+    a, b = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    parts = hessian_product(a.sum() + b @ b, [a, b], [a.detach(), 3 * b.detach()])
+    assert [part.tolist() for part in parts] == [[0, 0], [6, 6]]
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -93,6 +93,15 @@ def test_its_second_differences_are_the_eigenvalues():
     np.testing.assert_allclose(curvature, [*found.values, 0], rtol=1e-4, atol=1e-3)
 
 
+def test_a_direction_may_be_the_weights_themselves():
+    model, shrunk = TINY.model(), TINY.model()
+    still = [torch.zeros_like(model.conv1.weight)]
+    losses = surface(TINY, model, ([model.conv1.weight], still), ("conv1",))
+    with torch.no_grad():
+        shrunk.conv1.weight *= 0.75
+    assert losses[1, 2] == pytest.approx(mean_loss(TINY, shrunk), rel=1e-12)
+
+
 def test_an_example_of_weight_two_counts_twice():
     weighted = surface(examples=range(4), example_weights=(2.0, 0.0, 1.0, 1.0), batch_size=3)
     np.testing.assert_allclose(weighted, surface(examples=(0, 0, 2, 3)), rtol=1e-12)

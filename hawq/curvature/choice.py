@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map_only
 
 from hawq.curvature.columns import directions
-from hawq.curvature.finite_difference import differentiates_twice
+from hawq.curvature.finite_difference import missing_second_derivative
 from hawq.curvature.linearity import nonlinearities
 from hawq.curvature.network import differentiable, refuse_nonfinite, weights_of
 from hawq.curvature.per_example import WeightTape, supports_examples
@@ -97,7 +97,11 @@ def choose_estimator(
         f"{what}, and a Hessian-vector product agrees"
     )
     rules: tuple[tuple[object, EstimatorName, str], ...] = (
-        (seen.broken and not seen.factored, "finite_difference", f"no derivative: {seen.broken}"),
+        (
+            seen.broken and not seen.factored,
+            "finite_difference",
+            f"no second derivative, hence differences of gradients, noisy at kinks: {seen.broken}",
+        ),
         (
             seen.broken,
             "gauss_newton",
@@ -147,7 +151,7 @@ def _examined(
 
     with differentiable(twin, weights):
         loss, of_loss = run(lambda: task.losses(twin, batch).sum())
-        broken = differentiates_twice(loss, of_loss)
+        broken = missing_second_derivative(loss, of_loss)
         curvature, of_outputs = run(lambda: task.curvature(twin, batch))
         if curvature is None:
             return _Examined(broken)

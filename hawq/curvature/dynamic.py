@@ -195,7 +195,7 @@ def reestimate_traces(
 
 def _parts(units: Sequence[UnitSums], visits: int, plan: TracePlan) -> Values:
     """Arrange units as parts of the trace, shape (J, K, G)."""
-    totals = np.stack([unit.sums[0, :-1] for unit in units])  # Σ over probes and examples
+    totals = np.stack([unit.total for unit in units])  # Σ over probes and examples
     if not units[0].num_probes:
         return totals[None] * plan.num_batches / len(plan.examples)
     parts: Values = totals.reshape(visits, plan.num_batches, -1).transpose(1, 0, 2)

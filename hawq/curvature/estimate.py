@@ -80,6 +80,12 @@ class UnitSums:
     sums: Values
     drawn: float
 
+    @property
+    def total(self) -> Values:
+        """Σ_k S_jk of each group, shape (G,)."""
+        total: Values = self.sums[_TOTAL, :-1]
+        return total
+
     @staticmethod
     def of(
         batch: int,

@@ -16,7 +16,8 @@ standard deviations of one probe,
     float32   0.18    0.068    0.031   4.5e-3   4.6e-4   4.5e-4   4.6e-3    0.042
     float64 1.1e-9  6.3e-10   4.6e-9   4.6e-7   4.6e-5   2.9e-4   4.6e-3    0.042
 
-so the default, ½ε^⅓ (2.5e-3 and 3e-6), costs nothing against the probes' own noise.
+so the default, ½ε^⅓ (2.5e-3 and 3e-6), costs nothing against the probes' own noise. Where a GPU
+rounds convolutions to TF32, ε is 1e-3, which float32's step does not allow for: switch that off.
 
 Kinks (ReLU, max-pooling): each that a step crosses adds its jump over 2h. The shorter the step,
 the fewer cross, but each then counts for more: the noise *grows* as 1/√h until none crosses, which
@@ -36,7 +37,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from hawq.curvature.probes import Reduction, rademacher, totals
 
-__all__ = ["differentiates_twice", "finite_difference_samples"]
+__all__ = ["finite_difference_samples", "missing_second_derivative"]
 
 
 def finite_difference_samples(
@@ -90,7 +91,9 @@ def finite_difference_samples(
     return np.stack(samples)
 
 
-def differentiates_twice(loss: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge]) -> str:
+def missing_second_derivative(
+    loss: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge]
+) -> str:
     """Say why a loss has no second derivative; empty where it has one.
 
     Some operators raise when they are differentiated twice. One that is marked

@@ -10,7 +10,12 @@ replacement, with probability
 
 a such that N are drawn, and count N / (M π_n) times: unbiased for the pool's mean whatever u is
 (Horvitz & Thompson, 1952). The uniform share keeps every weight below 1/ε. The draw is systematic:
-one random offset, equal steps along the cumulated π.
+one random offset, equal steps along the cumulated π, sorted by u.
+
+On the trained ResNet20, 512 of 16,384 training images have 3.5 % error in the median layer and
+4.4 % in the worst against all 45,000 (over 150 draws; stated: 4.8), 512 plain ones 26 and 32 %.
+Sorting by label before u gained nothing there, where the pool's own choice dominates, and 1.3
+instead of 1.8 % where the pool is everything; the stated error does not see it. It is not done.
 """
 
 from dataclasses import dataclass
@@ -84,14 +89,17 @@ def draw_examples(curvature: Tensor, num: int, seed: int) -> Draw:
         return Draw(tuple(range(pool)), (1.0,) * pool)
     share = curvature.double() / total if total else torch.full((pool,), 1 / pool).double()
     q = (1 - _UNIFORM_SHARE) * share + _UNIFORM_SHARE / pool
-    pi = _inclusion(q, num)
+    # By size: neighbours are alike, so equal steps take their shares of the small and of the large.
+    order = q.argsort(stable=True)
+    pi = _inclusion(q[order], num)
     generator = torch.Generator().manual_seed(seed)
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     steps = torch.arange(num, dtype=torch.float64) + offset
     ends = pi.cumsum(0)
     ends *= num / ends[-1]  # against rounding; it is the sum of num steps
-    drawn = torch.searchsorted(ends, steps, right=True).clamp_(max=pool - 1)
-    weights = num / (pool * pi[drawn])
+    steps_end = torch.searchsorted(ends, steps, right=True).clamp_(max=pool - 1)
+    drawn, at = order[steps_end].sort()
+    weights = num / (pool * pi[steps_end[at]])
     return Draw(tuple(drawn.tolist()), tuple(weights.tolist()))
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from hawq.curvature.choice import Choice, choose_estimator, choose_passes
 from hawq.curvature.estimate import Population
+from hawq.curvature.finite_difference import missing_second_derivative
 from hawq.curvature.importance import draw_examples, output_curvature
+from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.sites import Granularity, Subject, activation_sites, weight_sites
 from hawq.curvature.units import EstimatorName, StopRule, TracePlan
 from hawq.space import evaluating
@@ -89,6 +91,8 @@ def plan_traces(
         choice = choose_estimator(task, model, layers, few, subject=subject)
     else:
         choice = Choice(estimator, "asked for")
+    if choice.estimator in {"hutchinson", "corrected_gauss_newton"} and estimator != "auto":
+        _refuse_missing_derivative(task, model, layers, few)
     drawn = drawn_examples(
         task.size(split),
         (look or look_here(task, model, split, batch_size))
@@ -165,6 +169,20 @@ def look_here(task: Objective, model: nn.Module, split: str, batch_size: int) ->
             )
 
     return look
+
+
+def _refuse_missing_derivative(
+    task: Objective, model: nn.Module, layers: Sequence[str], batch: Batch
+) -> None:
+    """Refuse what autograd would take for a second derivative of zero."""
+    weights = weights_of(model, layers)
+    with differentiable(model, weights):
+        missing = missing_second_derivative(task.losses(model, batch).sum(), weights)
+    if missing:
+        raise ValueError(
+            f"a Hessian-vector product needs second derivatives, got none: {missing}; use auto, "
+            "gauss_newton or finite_difference"
+        )
 
 
 def _rank(task: Objective, model: nn.Module, batch: Batch) -> int:

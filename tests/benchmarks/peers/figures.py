@@ -5,6 +5,7 @@ s_l / √K, so every layer's is at most ε from K = max_l (s_l / ε)² probes on
 estimated spreads is rather too large than too small, the more so the fewer probes ran.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class Figures:
         peak_mib: Peak memory of a process, the largest.
         loaded_mib: Memory of a process that has loaded the problem, median.
         probes: Probes that ran; 0 where there are none.
+        at_once: Of them, those of one step, which cannot be had singly.
         spread: One probe's standard deviation, relative to the reference, shape (L,), or (1,) of
             the whole network's trace; empty where exact, or where fewer than two probes ran.
         deviation: Where probes ran, the mean's from the reference in standard errors, same shape;
@@ -41,6 +43,7 @@ class Figures:
     peak_mib: float
     loaded_mib: float
     probes: int
+    at_once: int
     spread: NDArray[np.float64]
     deviation: NDArray[np.float64]
     versions: dict[str, str]
@@ -56,7 +59,8 @@ class Figures:
     def cpu_s_needed(self) -> float | None:
         """CPU-seconds until then, of the whole where exact; None where it is not known."""
         if self.needed is not None:
-            return self.setup_cpu_s + self.needed * self.cpu_s[0]
+            steps = math.ceil(self.needed / self.at_once)
+            return self.setup_cpu_s + steps * self.at_once * self.cpu_s[0]
         exact = not self.probes and len(self.deviation)
         return self.setup_cpu_s + self.cpu_s[0] if exact else None
 
@@ -83,6 +87,7 @@ def figures(records: Sequence[dict[str, Any]], reference: NDArray[np.float64]) -
         max(record["peak_mib"] for record in records),
         float(np.median([record["loaded_mib"] for record in records])),
         int(counts.sum()),
+        int(counts.max()),
         spread,
         deviation,
         records[0]["versions"],
