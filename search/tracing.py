@@ -170,20 +170,21 @@ def _refuse_flicker(task: Task, few: object, num: int) -> None:
 
 def _report(reducer: Reducer, progress: Progress) -> None:
     plan, estimate = reducer.plan, reducer.estimate
-    done = expected = plan.num_units - len(reducer.missing)
+    done = plan.num_units - len(reducer.missing)
     if estimate is None:
-        progress(done, plan.num_units, "units", "")
+        progress(done, plan.num_batches, "units", "first look at every batch")
         return
     if not estimate.num_probes:
         progress(plan.num_units, plan.num_units, "units", "no probe error")
         return
-    relative = estimate.probe_error / np.maximum(np.abs(estimate.trace), 1e-300)
     rounds = estimate.num_probes // plan.probes_per_unit
+    met = estimate.converged(plan.rtol, plan.atol)
     if reducer.finished:
         done = expected = rounds * plan.num_batches
     else:
         # Errors fall with the root of the probes: a forecast, not a promise.
-        factor = max(1.0, float(relative.max() / plan.rtol) ** 2)
+        size = np.maximum(np.abs(estimate.trace), 1e-300)
+        factor = max(1.0, float((estimate.probe_error / size).max() / plan.rtol) ** 2)
         expected = min(plan.num_units, int(np.ceil(factor * rounds)) * plan.num_batches)
-    worst = f"largest probe error {100 * relative.max():.1f} %"
-    progress(done, max(done, expected), "units", worst)
+    message = f"{met.sum()} of {len(met)} within tolerance"
+    progress(done, max(done, expected), "units", message)
