@@ -1,5 +1,6 @@
 """Traces of any network in one call."""
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from hawq.curvature import (
     estimate_traces,
     plan_traces,
 )
+from hawq.curvature.network import refuse_nonfinite
 from hawq.factors import factors_of, softmax_factor
 from hawq.space import evaluating, quantizable_layers
 from hawq.task import Batch, Factor, moved
@@ -29,7 +31,7 @@ __all__ = ["Traces", "traces"]
 Loss = Callable[[Any, Any], Tensor]
 
 # Of a batch's loss against those of its examples alone, in float32.
-_AGREEMENT = 1e-3
+_AGREEMENT = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,10 +262,11 @@ class _Objective:
 
     def examine(self, model: nn.Module, device: torch.device) -> None:
         """Refuse examples that depend on each other, and a loss that is no mean or sum."""
-        num = min(3, len(self.examples))
+        num = min(8, len(self.examples))
         single = [moved(self.batch("", torch.tensor([i])), device) for i in range(num)]
         outputs = [model(inputs) for inputs, _ in single]
         alone = torch.stack([self._one(o, t) for o, (_, t) in zip(outputs, single, strict=True)])
+        refuse_nonfinite(alone, "loss")
         if not self.stacks:
             return
         inputs, targets = moved(self.batch("", torch.arange(num)), device)
@@ -303,8 +306,16 @@ class _Objective:
             and outputs.ndim == 2
         )
 
+    def _in_type_of(self, outputs: Any) -> Loss:
+        """The loss with its own weights as precise as the outputs: some checks run in float64."""
+        if not isinstance(self.loss, nn.Module) or not isinstance(outputs, Tensor):
+            return self.loss
+        if all(buffer.dtype == outputs.dtype for buffer in self.loss.buffers()):
+            return self.loss
+        return copy.deepcopy(self.loss).to(outputs.dtype)
+
     def _one(self, outputs: Any, targets: Any) -> Tensor:
-        value = self.loss(outputs, targets)
+        value = self._in_type_of(outputs)(outputs, targets)
         if value.numel() != 1:
             raise ValueError(
                 f"the loss must be one number for one example, got shape {tuple(value.shape)}"

@@ -125,7 +125,7 @@ def trace(
         "ray.address": address,
     }
     extra = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    if max_probes is not None and max_probes < 4:  # noqa: PLR2004  a unit has four by default
+    if max_probes is not None and max_probes < 4:
         extra.append(f"curvature.probes_per_unit={max(2, max_probes)}")
     loaded = load_config(config, [*(overrides or []), *extra])
     from search.folder import write_atomically  # noqa: PLC0415

@@ -16,7 +16,7 @@ from hawq.curvature import (
 from hawq.curvature.estimate import summarize
 
 NAMES = ["a", "b", "c"]
-RUNS = 400
+RUNS = 300
 # Of a variance from so many normal values, relative; heavy tails take a little more.
 ALLOWED = 4.5 * (2 / RUNS) ** 0.5
 
@@ -94,22 +94,39 @@ WAYS = {
 }
 
 
+@cache
+def repeated(draw: str, way: str, tail: float = 1.0) -> list[TraceEstimate]:
+    """The same settings with other draws and probes, again and again."""
+    traces, guess = population(EVERYONE, tail)
+    return [run(seed, traces, guess, **DRAWS[draw], **WAYS[way]) for seed in range(RUNS)]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_errors_of_traces_and_shares_are_the_spread_of_repetitions(draw, way):
-    traces, guess = population(EVERYONE)
-    settings = DRAWS[draw] | WAYS[way]
-    found = [run(seed, traces, guess, **settings) for seed in range(RUNS)]
+    found, expected = repeated(draw, way), population(EVERYONE)[0].mean(0)
     values = np.array([estimate.trace for estimate in found])
     shares = values / values.sum(1, keepdims=True)
-    bias = values.mean(0) - traces.mean(0)
-    assert (np.abs(bias) < 4.5 * values.std(0) / RUNS**0.5).all()
+    assert (np.abs(values.mean(0) - expected) < 4.5 * values.std(0) / RUNS**0.5).all()
     of_traces = values.var(0) / mean_square([estimate.error for estimate in found])
     of_shares = shares.var(0) / mean_square([estimate.share_error for estimate in found])
     # The spread of batches knows nothing of the draw's being without replacement: at most too much.
     least = 0.4 if way == "batches" else 1 - ALLOWED
     for ratio in (of_traces, of_shares):
         assert ((ratio > least) & (ratio < 1 + ALLOWED)).all(), ratio
+
+
+@pytest.mark.parametrize("way", ["probes", "probes in three visits"])
+@pytest.mark.parametrize(
+    ("draw", "tail"), [*((draw, 1.0) for draw in DRAWS), ("some of everyone", 1.5)]
+)
+def test_what_the_probes_add_is_not_taken_for_the_choice_of_examples(draw, tail, way):
+    # The same draws with and without noise: the data error is the same on average.
+    exact, noisy = (
+        mean_square([estimate.data_error for estimate in repeated(draw, name, tail)])
+        for name in ("exact", way)
+    )
+    assert (np.abs(noisy / exact - 1) < 0.15).all(), noisy / exact
 
 
 def test_examples_from_infinitely_many_have_the_error_of_a_mean():
@@ -145,23 +162,6 @@ def test_the_whole_population_leaves_nothing_to_choose(seen):
     assert (found.data_error <= 1e-9 * found.trace).all()
     assert (found.share_data_error <= 1e-9).all()
     assert (found.probe_error > 0).all() != seen
-
-
-@pytest.mark.parametrize("tail", [1.0, 1.5])
-@pytest.mark.parametrize("draw", DRAWS)
-def test_what_the_probes_add_is_not_taken_for_the_choice_of_examples(draw, tail):
-    # The same draws with and without noise: the data error is the same on average.
-    traces, guess = population(EVERYONE, tail)
-    settings = DRAWS[draw]
-    exact = [run(seed, traces, guess, **settings) for seed in range(RUNS)]
-    for visits in (1, 3):
-        noisy = [
-            run(seed, traces, guess, noise=0.7, visits=visits, **settings) for seed in range(RUNS)
-        ]
-        ratio = mean_square([e.data_error for e in noisy]) / mean_square(
-            [e.data_error for e in exact]
-        )
-        assert ((ratio > 0.85) & (ratio < 1.15)).all(), ratio
 
 
 # --- the probes' error ----------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_visits_of_examples_give_the_same_trace_and_their_errors_on_average():
     rng = np.random.default_rng(1)
     errors = {"once": [], "often": []}
     for _ in range(200):
-        samples = rng.normal(3, 1, size=(8, 20, 2)) * rng.lognormal(size=(1, 20, 1))
+        samples = rng.normal(3, 1, size=(8, 20, 2)) * rng.lognormal(sigma=0.3, size=(1, 20, 1))
         about = {"weights": np.ones(20), "excluded": np.full(20, 0.5)}
         once = [UnitSums.of_examples(0, samples, 2, num_probes=8, **about)]
         often = [
@@ -223,7 +223,7 @@ def test_visits_of_examples_give_the_same_trace_and_their_errors_on_average():
         for key, estimate in found.items():
             assert estimate.num_probes == 8
             errors[key].append(
-                [estimate.probe_error**2, estimate.data_error**2, estimate.share_error**2]
+                [estimate.probe_error**2, estimate.data_error**2, estimate.share_probe_error**2]
             )
     once, often = (np.mean(errors[key], 0) for key in ("once", "often"))
     np.testing.assert_allclose(often, once, rtol=0.15)
@@ -292,7 +292,7 @@ def test_examples_weigh_the_same_in_a_smaller_last_batch():
     sums = [UnitSums.of(j, n, np.full((2, 1), n * 3.0), 1) for j, n in enumerate((4, 4, 2))]
     estimate = summarize(sums, ["w"])
     assert estimate.trace.tolist() == [3]
-    assert estimate.data_error.tolist() == [0]
+    assert estimate.data_error[0] < 1e-12
     sums[2] = UnitSums.of(2, 2, np.full((2, 1), 2 * 13.0), 1)
     assert summarize(sums, ["w"]).trace.tolist() == [5]
 

@@ -190,7 +190,7 @@ def choose_passes(
     task: Objective,
     model: nn.Module,
     layers: Sequence[str],
-    batch: Batch,
+    batches: Sequence[Batch],
     *,
     one: Batch,
     subject: Subject,
@@ -205,7 +205,7 @@ def choose_passes(
         task: Gives the outputs and the factors.
         model: The network, in eval mode.
         layers: Names of the layers.
-        batch: Some of the examples, by falling curvature of their outputs.
+        batches: Some of the examples.
         one: One of them alone.
         subject: Weights or activations.
         weights: What each of them counts for, shape (N,).
@@ -216,14 +216,8 @@ def choose_passes(
     odd = _not_taken_apart(task, model, layers, one) if subject == "weights" else ""
     if odd:
         return Choice("gauss_newton", f"{odd} cannot be taken apart by example: random signs")
-    with torch.no_grad():
-        curvature = task.curvature(model, batch)
-    assert curvature is not None
-    outputs, factors = curvature
-    weights = weights.to(outputs.device)
     # Energies of all factors' directions, the largest first: shape (N, R).
-    bases = [directions(outputs, factor) for factor in factors]
-    energy = torch.cat([weights[:, None] * basis.energy for basis in bases], 1)
+    energy = weights[:, None] * torch.cat([_energies(task, model, batch) for batch in batches])
     energy = energy.sort(1, descending=True).values
     active = energy > floor
     passes = float(active.sum(1).double().mean())
@@ -250,6 +244,14 @@ def choose_passes(
         leading,
         probes,
     )
+
+
+@torch.no_grad()
+def _energies(task: Objective, model: nn.Module, batch: Batch) -> Tensor:
+    curvature = task.curvature(model, batch)
+    assert curvature is not None
+    outputs, factors = curvature
+    return torch.cat([directions(outputs, factor).energy.cpu() for factor in factors], 1)
 
 
 def _not_taken_apart(task: Objective, model: nn.Module, layers: Sequence[str], one: Batch) -> str:

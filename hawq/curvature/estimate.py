@@ -223,7 +223,9 @@ def summarize(
         NonFiniteTraceError: If a sum is NaN or infinite.
     """
     batches = _stacked(units)
-    finite = np.isfinite(batches.sums).all((0, 1))
+    # Of the rows that are a group's own: a product with all sites would blame every group.
+    own = np.delete(batches.sums, (_CROSS, _DRAWN_CROSS, _MOMENT_CROSS), 1)
+    finite = np.isfinite(own).all((0, 1))
     if not finite.all():
         raise NonFiniteTraceError(
             f"the trace of {[*names, 'all sites'][int(np.argmin(finite))]} must be finite, got NaN "

@@ -112,7 +112,10 @@ def plan_traces(
                     task,
                     model,
                     layers,
-                    moved(task.batch(split, torch.tensor(some.examples)), device),
+                    [
+                        moved(task.batch(split, part), device)
+                        for part in torch.tensor(some.examples).split(batch_size)
+                    ],
                     one=moved(task.batch(split, torch.tensor(some.examples[:1])), device),
                     subject=subject,
                     weights=torch.tensor(some.weights, dtype=torch.float64),
@@ -137,7 +140,8 @@ def plan_traces(
         estimator=choice.estimator,
         split=split,
         examples=tuple(drawn.examples),
-        batch_size=batch_size,
+        # Two at least, for errors.
+        batch_size=min(batch_size, max(1, len(drawn.examples) // 2)),
         probes_per_unit=probes_per_unit,
         rtol=rtol,
         max_probes=max(max_probes, probes_per_unit),

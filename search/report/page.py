@@ -1,17 +1,11 @@
-"""The page: what to say in which order, filled into ``page.html``."""
+"""The report's page: what to say in which order, filled into ``page.html``."""
 
-from importlib.resources import files
-
-import plotly.graph_objects as go
 import yaml
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from search.artefacts import Summary
-from search.report import quantities
 from search.report.bits_map import bits_map
 from search.report.caveats import caveats
+from search.report.estimators import ESTIMATORS
 from search.report.figures import (
     MAX_FRONT_POINTS,
     accuracy_by_size,
@@ -21,6 +15,7 @@ from search.report.figures import (
 from search.report.findings import searched, verdicts
 from search.report.palette import looks
 from search.report.results import methods, results_by_budget
+from search.report.template import fill
 from search.report.trace_figure import traces
 
 __all__ = ["render"]
@@ -35,14 +30,16 @@ def render(summary: Summary) -> str:
     Returns:
         HTML to be written as UTF-8.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {name: getattr(quantities, name) for name in quantities.__all__}
-    template = files("search.report").joinpath("page.html").read_text(encoding="utf-8")
     curves = training_curves(summary)
-    return environment.from_string(template).render(
-        plotlyjs=Markup(get_plotlyjs()),
+    figures = {
+        "accuracy-figure": accuracy_by_size(summary),
+        "fronts-figure": fronts(summary),
+        "traces-figure": traces(summary.curvature),
+        **{f"curve-figure-{i}": figure for i, figure in enumerate(curves.values())},
+    }
+    return fill(
+        "page.html",
+        figures,
         summary=summary,
         searched=searched(summary),
         verdicts=verdicts(summary),
@@ -51,14 +48,7 @@ def render(summary: Summary) -> str:
         looks=looks(methods(summary)),
         has_evaluations=any(c.evaluations > 1 for c in summary.candidates.candidates),
         map=bits_map(summary),
-        figures=_script(
-            {
-                "accuracy-figure": accuracy_by_size(summary),
-                "fronts-figure": fronts(summary),
-                "traces-figure": traces(summary.curvature),
-                **{f"curve-figure-{i}": figure for i, figure in enumerate(curves.values())},
-            }
-        ),
+        estimator=ESTIMATORS[summary.curvature.estimator],
         curves=list(curves),
         hidden=_hidden_points(summary),
         is_thinned=any(
@@ -69,13 +59,6 @@ def render(summary: Summary) -> str:
             summary.model_dump(mode="json")["config"], sort_keys=False, allow_unicode=True
         ),
     )
-
-
-def _script(figures: dict[str, go.Figure]) -> Markup:
-    """Write the figures as a JavaScript object by the ids of their elements."""
-    # Plotly's JSON escapes every < and >, so no name in it can end the script element.
-    drawings = ", ".join(f'"{name}": {figure.to_json()}' for name, figure in figures.items())
-    return Markup(f"{{{drawings}}}")
 
 
 def _hidden_points(summary: Summary) -> int:

@@ -115,6 +115,6 @@ def _interpreter(environment: str) -> Path:
     # What this project has comes after what the environment has: torch is not installed twice.
     library = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     (library / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-qq", *requirements], check=True)
     ready.write_text(" ".join(requirements))
     return python

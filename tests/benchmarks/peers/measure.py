@@ -11,6 +11,7 @@ the peak of the process that forked it.
 import argparse
 import json
 import os
+import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -63,6 +64,9 @@ def measure(methods: Mapping[str, Method], *packages: str) -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
 
+    # Too much is an error that can be read, not a machine without memory.
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 2 // 3
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     warnings.simplefilter("ignore")  # the peers' own, about their use of torch
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(given.seed)

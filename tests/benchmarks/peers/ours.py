@@ -107,5 +107,7 @@ if __name__ == "__main__":
             "Gauss-Newton by example": partial(rounds, "mixed_gauss_newton", 2, 0),
             "Gauss-Newton": partial(rounds, "gauss_newton", 8, 0),
             "Hutchinson": partial(rounds, "hutchinson", 8, 0),
+            "Gauss-Newton, 2 at once": partial(rounds, "gauss_newton", 2, 0),
+            "Hutchinson, 2 at once": partial(rounds, "hutchinson", 2, 0),
         }
     )

@@ -1,0 +1,114 @@
+"""A figure of positive quantities, each with two errors, on a logarithmic axis.
+
+What a logarithm cannot show, a value that is not positive, is drawn at the axis's foot and said
+to be there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import plotly.graph_objects as go
+
+from search.report.canvas import WARNING, canvas, make_logarithmic
+
+__all__ = ["Marks", "marks_figure"]
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What is drawn, in the order of the axis.
+
+    Attributes:
+        names: One each, all different.
+        values: To be shown as marks.
+        inner: An error of each, a thick bar.
+        outer: A larger error, a thin bar.
+        words: What is told of each under the pointer, in plotly's HTML.
+    """
+
+    names: Sequence[str]
+    values: Sequence[float]
+    inner: Sequence[float]
+    outer: Sequence[float]
+    words: Sequence[str]
+
+    @property
+    def floor(self) -> float:
+        """Where a logarithmic axis may end: below every positive value."""
+        positive = [value for value in self.values if value > 0]
+        size = max([abs(value) for value in self.values]) or 1.0
+        return min(positive) / 3 if positive else size / 100
+
+
+def marks_figure(
+    marks: Marks, *, x: str, y: str, value: str, inner: str, outer: str
+) -> go.Figure:
+    """Draw marks with thick and thin error bars.
+
+    Args:
+        marks: What to draw, at least one.
+        x: Title of the horizontal axis.
+        y: Title of the vertical axis.
+        value: What the legend calls the marks.
+        inner: What it calls the thick bars.
+        outer: What it calls the thin bars.
+    """
+    figure = canvas(x, y)
+    figure.update_layout(height=520, showlegend=True)
+    names, floor = [escape(name) for name in marks.names], marks.floor
+    figure.add_trace(_bars(outer, names, marks.values, marks.outer, floor, (1.5, "#6aa3d0")))
+    figure.add_trace(_bars(inner, names, marks.values, marks.inner, floor, (5, "#4d8fc4")))
+    for is_shown, marker in (
+        (True, {"color": "#0b3d6e", "size": 12, "symbol": "line-ew-open", "line": {"width": 2}}),
+        (False, {"color": WARNING, "size": 11, "symbol": "triangle-down-open"}),
+    ):
+        kept = [i for i, number in enumerate(marks.values) if (number > 0) is is_shown]
+        if kept:
+            figure.add_scatter(
+                name=value if is_shown else "zero or negative: below this axis",
+                x=[names[i] for i in kept],
+                y=[marks.values[i] if is_shown else floor for i in kept],
+                mode="markers",
+                marker=marker,
+                cliponaxis=is_shown,
+                text=[marks.words[i] for i in kept],
+                hovertemplate="%{x}<br>%{text}<extra></extra>",
+            )
+    top = max([number + e for number, e in zip(marks.values, marks.outer, strict=True)])
+    make_logarithmic(figure, floor / 1.25, 1.4 * max(top, 10 * floor))
+    figure.update_xaxes(
+        type="category",
+        categoryarray=names,
+        range=[-0.6, len(names) - 0.4],
+        tickangle=-90,
+        dtick=1,
+        title_standoff=8,
+    )
+    return figure
+
+
+def _bars(
+    name: str,
+    names: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float],
+    floor: float,
+    line: tuple[float, str],
+) -> go.Scatter:
+    """Draw error bars as lines, cut below the axis, where they may go on to minus infinity."""
+    x: list[str | None] = []
+    y: list[float | None] = []
+    for label, value, error in zip(names, values, errors, strict=True):
+        if value + error > floor:
+            x += [label, label, None]
+            y += [max(value - error, floor / 2), value + error, None]
+    width, color = line
+    return go.Scatter(
+        name=name,
+        x=x,
+        y=y,
+        mode="lines",
+        line={"color": color, "width": width},
+        hoverinfo="skip",
+    )
