@@ -13,6 +13,12 @@ Only g comes from the backward pass, which therefore computes no weight gradient
 of G's rows is the trace of each output channel.
 
 Per-example values also give the error over the choice of examples, without further work.
+
+What was tried and did not win, on ResNet20 and one core (64 images: forward 77 ms, a training step
+245 ms; one direction 103 ms backward and 121 ms for the norms): two directions in one batched
+backward (260 ms instead of 206), channels-last (109 and 148 ms), forming patches instead of the
+grouped convolution (three times its time where positions are many). bfloat16 halves forward and
+backward, but then nothing is exact.
 """
 
 from collections.abc import Callable, Iterator, Sequence

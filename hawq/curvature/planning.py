@@ -22,7 +22,7 @@ __all__ = ["DrawnExamples", "Look", "drawn_examples", "look_here", "plan_traces"
 # From indices into a split to the curvature of those examples' outputs, shape (N,).
 Look = Callable[[Sequence[int]], Tensor]
 
-_FEW, _SOME = 4, 64
+_FEW, _SOME = 2, 64
 # Share of the outputs' curvature that may be left out, at the very most: a hundredth of what a
 # trace is ever asked to be known to.
 _NEGLIGIBLE = 1e-4
