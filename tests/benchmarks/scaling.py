@@ -39,13 +39,13 @@ def main() -> None:
     found: dict[int, TraceEstimate] = {}
     with connected(None, dashboard=False), tempfile.TemporaryDirectory() as folder:
         for repetition in range(_ROUNDS):
-            for workers in seconds:
+            for workers, times in seconds.items():
                 with WorkerPool(task, model.state_dict(), workers=workers) as pool:
                     pool.look("train", range(2048), 64, lambda _: None)  # they are up
                     units = UnitFile(Path(folder) / f"{repetition}.{workers}", "")
                     started = time.monotonic()
                     found[workers] = estimate_on_workers(pool, plan, units=units)
-                    seconds[workers].append(time.monotonic() - started)
+                    times.append(time.monotonic() - started)
     same = np.array_equal(found[1].trace, found[2].trace)
     one, two = (float(np.median(seconds[workers])) for workers in (1, 2))
     rows = [
