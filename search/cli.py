@@ -117,9 +117,17 @@ def trace(
     """Trace the Hessian of every layer, activation tensor or channel, with its errors."""
     from search.config_file import load_config  # noqa: PLC0415
 
+    if estimator == "eigenvalue" and (of, granularity) != ("weights", "layer"):
+        raise InputError(
+            "--estimator eigenvalue: must be of weights, by blocks of layers, "
+            f"got {of} by {granularity}"
+        )
+    if blocks and estimator != "eigenvalue":
+        raise InputError(f"--blocks: is for --estimator eigenvalue, got {estimator}")
     given = {
         "workers.count": workers,
-        "curvature.rtol": rtol,
+        # An eigenvalue within a hundredth costs little more; see hawq/curvature/power_iteration.py.
+        "curvature.rtol": 0.01 if rtol is None and estimator == "eigenvalue" else rtol,
         "curvature.max_probes": max_probes,
         "curvature.estimator": None if estimator in {"auto", "eigenvalue"} else estimator,
         "ray.address": address,

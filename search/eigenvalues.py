@@ -142,7 +142,7 @@ def _surfaces(
         return []
     # One distance for both, or the flat one would look as steep.
     radius = (2 * _ADDED_LOSS / steepest) ** 0.5
-    offsets = np.linspace(-radius, radius, _POINTS)
+    offsets = radius * np.arange(-(_POINTS // 2), _POINTS // 2 + 1) / (_POINTS // 2)
     around = data | {"radius": radius, "num": _POINTS}
     calls = {i: (list(blocks[names[i]]), pairs[i].vectors, around) for i in shown}
     surfaces = {}

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -103,6 +104,7 @@ class ProbeWorker:
         """Find a block's top eigenvalues; return them as ``run`` does a unit."""
         started = time.process_time()
         found = top_eigenvalues(self._task, self._model, layers, **arguments)
+        found = replace(found, vectors=moved(found.vectors, "cpu"))
         return found, time.process_time() - started, arguments["batch_size"]
 
     def surface(
@@ -113,7 +115,8 @@ class ProbeWorker:
     ) -> tuple[NDArray[np.float64], float, int]:
         """Evaluate the loss around the weights; return it as ``run`` does a unit."""
         started = time.process_time()
-        found = loss_surface(self._task, self._model, layers, directions, **arguments)
+        here = moved(directions, self._device)
+        found = loss_surface(self._task, self._model, layers, here, **arguments)
         return found, time.process_time() - started, arguments["batch_size"]
 
 

@@ -297,6 +297,29 @@ def test_examples_weigh_the_same_in_a_smaller_last_batch():
     assert summarize(sums, ["w"]).trace.tolist() == [5]
 
 
+def test_what_a_batch_knows_without_probes_is_added_once_and_without_error():
+    rng = np.random.default_rng(0)
+    samples, known = rng.normal(3, 1, size=(5, 4, 3)), rng.lognormal(size=(5, 3))
+
+    def units(**more):
+        for first in (0, 2):
+            for j in range(5):
+                parts = {k: v[j] for k, v in more.items()} if first == 0 else {}
+                yield UnitSums.of(j, 4, samples[j, first : first + 2], 3, **parts)
+
+    without, with_it = summarize(list(units()), NAMES), summarize(list(units(known=known)), NAMES)
+    np.testing.assert_allclose(with_it.trace, without.trace + known.sum(0) / 20)
+    np.testing.assert_allclose(with_it.probe_error, without.probe_error)
+    # The choice of examples is that of both parts: as if the samples had held it.
+    both = [
+        UnitSums.of(j, 4, samples[j, first : first + 2] + known[j], 3)
+        for first in (0, 2)
+        for j in range(5)
+    ]
+    np.testing.assert_allclose(with_it.data_error, summarize(both, NAMES).data_error)
+    np.testing.assert_allclose(with_it.share_error, summarize(both, NAMES).share_error)
+
+
 # --- shares ---------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ def top_eigenvalues(
     """Compute the eigenvalues of largest modulus of one block's Hessian of the mean loss.
 
     An iteration is one Hessian-vector product over all examples: their forward pass, and twice the
-    backward pass from the loss to the block. The blocks of a trained ResNet20 take 6 to 17.
+    backward pass from the loss to the block. The blocks of a trained ResNet20 take 5 to 16.
 
     Args:
         task: Builds the examples and gives their losses.

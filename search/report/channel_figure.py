@@ -29,13 +29,14 @@ def channels(sites: Sites) -> go.Figure:
     noun = sites.noun.capitalize()
     figure = canvas(
         f"{noun}; within it, its channels by rank",
-        f"A channel's average Hessian trace (loss / {sites.element}²)",
+        f"Average trace of a channel ({sites.unit})",
     )
     figure.update_layout(height=520, showlegend=True)
     drawn = [_drawn(site, _room(sites)) for site in sites.channels]
     points = [(i + at, channel) for i, site in enumerate(drawn) for at, channel in site]
     positive = [_average(channel) for _, channel in points if channel.trace > 0]
-    floor = min(positive, default=1.0) / 3
+    low = sum(channel.trace <= 0 for _, channel in points)
+    floor = min(positive, default=1.0) / (3 if low else 1.3)
     for is_shown, name, marker in (
         (True, "channel", {"color": "#4d8fc4", "size": 4}),
         (

@@ -11,6 +11,7 @@ from html import escape
 import plotly.graph_objects as go
 
 from search.report.canvas import WARNING, canvas, make_logarithmic
+from search.report.named_axis import error_bars, show_names
 
 __all__ = ["Marks", "marks_figure"]
 
@@ -41,9 +42,7 @@ class Marks:
         return min(positive) / 3 if positive else size / 100
 
 
-def marks_figure(
-    marks: Marks, *, x: str, y: str, value: str, inner: str, outer: str
-) -> go.Figure:
+def marks_figure(marks: Marks, *, x: str, y: str, value: str, inner: str, outer: str) -> go.Figure:
     """Draw marks with thick and thin error bars.
 
     Args:
@@ -57,8 +56,14 @@ def marks_figure(
     figure = canvas(x, y)
     figure.update_layout(height=520, showlegend=True)
     names, floor = [escape(name) for name in marks.names], marks.floor
-    figure.add_trace(_bars(outer, names, marks.values, marks.outer, floor, (1.5, "#6aa3d0")))
-    figure.add_trace(_bars(inner, names, marks.values, marks.inner, floor, (5, "#4d8fc4")))
+    for legend, errors, width, color in (
+        (outer, marks.outer, 1.5, "#6aa3d0"),
+        (inner, marks.inner, 5, "#4d8fc4"),
+    ):
+        bars = error_bars(
+            names, marks.values, errors, legend=legend, color=color, width=width, floor=floor
+        )
+        figure.add_trace(bars)
     for is_shown, marker in (
         (True, {"color": "#0b3d6e", "size": 12, "symbol": "line-ew-open", "line": {"width": 2}}),
         (False, {"color": WARNING, "size": 11, "symbol": "triangle-down-open"}),
@@ -77,38 +82,5 @@ def marks_figure(
             )
     top = max([number + e for number, e in zip(marks.values, marks.outer, strict=True)])
     make_logarithmic(figure, floor / 1.25, 1.4 * max(top, 10 * floor))
-    figure.update_xaxes(
-        type="category",
-        categoryarray=names,
-        range=[-0.6, len(names) - 0.4],
-        tickangle=-90,
-        dtick=1,
-        title_standoff=8,
-    )
+    show_names(figure, names)
     return figure
-
-
-def _bars(
-    name: str,
-    names: Sequence[str],
-    values: Sequence[float],
-    errors: Sequence[float],
-    floor: float,
-    line: tuple[float, str],
-) -> go.Scatter:
-    """Draw error bars as lines, cut below the axis, where they may go on to minus infinity."""
-    x: list[str | None] = []
-    y: list[float | None] = []
-    for label, value, error in zip(names, values, errors, strict=True):
-        if value + error > floor:
-            x += [label, label, None]
-            y += [max(value - error, floor / 2), value + error, None]
-    width, color = line
-    return go.Scatter(
-        name=name,
-        x=x,
-        y=y,
-        mode="lines",
-        line={"color": color, "width": width},
-        hoverinfo="skip",
-    )

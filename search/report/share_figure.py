@@ -5,6 +5,7 @@ from html import escape
 import plotly.graph_objects as go
 
 from search.report.canvas import WARNING, canvas
+from search.report.named_axis import show_names
 from search.report.quantities import significant
 from search.report.sites import Sites
 
@@ -31,13 +32,6 @@ def shares(sites: Sites) -> go.Figure:
         textposition="none",
         hovertemplate="%{x}<br>%{text}<extra></extra>",
     )
-    figure.update_xaxes(
-        type="category",
-        categoryarray=names,
-        range=[-0.6, len(names) - 0.4],
-        tickangle=-90,
-        dtick=1,
-        title_standoff=8,
-    )
+    show_names(figure, names)
     figure.update_yaxes(rangemode="tozero")
     return figure

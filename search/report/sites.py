@@ -25,6 +25,11 @@ class Sites:
     element: str
 
     @property
+    def unit(self) -> str:
+        """Of an average trace."""
+        return f"loss / {self.element}²"
+
+    @property
     def all_channels(self) -> list[TraceGroup]:
         """The channels of all sites, one after the other."""
         return [channel for site in self.channels for channel in site]

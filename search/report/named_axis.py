@@ -1,0 +1,47 @@
+"""A horizontal axis of names, and error bars over it."""
+
+import math
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+__all__ = ["error_bars", "show_names"]
+
+
+def show_names(figure: go.Figure, names: Sequence[str]) -> None:
+    """Give a figure's horizontal axis these names, escaped for plotly, in this order."""
+    figure.update_xaxes(
+        type="category",
+        categoryarray=names,
+        range=[-0.6, len(names) - 0.4],
+        tickangle=-90,
+        dtick=1,
+        title_standoff=8,
+    )
+
+
+def error_bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float],
+    *,
+    legend: str,
+    color: str,
+    width: float,
+    floor: float = -math.inf,
+) -> go.Scatter:
+    """Draw error bars as lines, cut below a floor, where they may go on to minus infinity."""
+    x: list[str | None] = []
+    y: list[float | None] = []
+    for name, value, error in zip(names, values, errors, strict=True):
+        if value + error > floor:
+            x += [name, name, None]
+            y += [max(value - error, floor / 2), value + error, None]
+    return go.Scatter(
+        name=legend,
+        x=x,
+        y=y,
+        mode="lines",
+        line={"color": color, "width": width},
+        hoverinfo="skip",
+    )
