@@ -90,7 +90,7 @@ def plan_traces(
     if estimator == "auto":
         choice = choose_estimator(task, model, layers, few, subject=subject)
     else:
-        choice = Choice(estimator, "asked for")
+        choice = Choice(estimator, "it was asked for")
     if choice.estimator in {"hutchinson", "corrected_gauss_newton"} and estimator != "auto":
         _refuse_missing_derivative(task, model, layers, few)
     drawn = drawn_examples(
