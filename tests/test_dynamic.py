@@ -9,12 +9,12 @@ import torch
 from oracles import LAYERS, TinyTask, block_traces, mean_loss_gauss_newton
 from torch import nn
 
+from hawq.curvature import TracePlan, estimate_traces
 from hawq.curvature.dynamic import reestimate_traces, shifted
 from hawq.curvature.estimate import TraceEstimate
 from hawq.curvature.gauss_newton import gauss_newton_samples
 from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.probes import probe_seed
-from hawq.curvature.units import TracePlan, estimate_traces
 
 
 def estimate(trace, probe_error, share_probe_error=0.0) -> TraceEstimate:

@@ -5,16 +5,11 @@ from hawq.curvature.estimate import NonFiniteTraceError, Population, TraceEstima
 from hawq.curvature.importance import Draw, draw_examples, output_curvature
 from hawq.curvature.memory import fitting_examples
 from hawq.curvature.per_example import supports_examples
+from hawq.curvature.plan import EstimatorName, StopRule, TracePlan
 from hawq.curvature.planning import DrawnExamples, Look, drawn_examples, plan_traces
+from hawq.curvature.reducer import Reducer, estimate_traces
 from hawq.curvature.sites import Granularity, Site, Subject
-from hawq.curvature.units import (
-    EstimatorName,
-    Reducer,
-    StopRule,
-    TracePlan,
-    estimate_traces,
-    run_unit,
-)
+from hawq.curvature.units import run_unit
 
 __all__ = [
     "Choice",

@@ -28,10 +28,10 @@ from hawq.curvature.finite_difference import missing_second_derivative
 from hawq.curvature.linearity import nonlinearities
 from hawq.curvature.network import differentiable, refuse_nonfinite, weights_of
 from hawq.curvature.per_example import WeightTape, supports_examples
+from hawq.curvature.plan import EstimatorName
 from hawq.curvature.probes import probe_seed, rademacher
 from hawq.curvature.residual import residual_loss
 from hawq.curvature.sites import ActivationTape, Subject
-from hawq.curvature.units import EstimatorName
 from hawq.task import Batch, Factor, Objective, moved
 
 __all__ = ["Choice", "choose_estimator", "choose_passes"]

@@ -33,7 +33,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hawq.curvature.estimate import TraceEstimate, UnitSums, summarize
-from hawq.curvature.units import TracePlan, estimate_traces, run_unit
+from hawq.curvature.plan import TracePlan
+from hawq.curvature.reducer import estimate_traces
+from hawq.curvature.units import run_unit
 from hawq.task import Objective
 
 __all__ = ["reestimate_traces", "shifted"]

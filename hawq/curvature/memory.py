@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from hawq.curvature.network import differentiable, weights_of
+from hawq.curvature.plan import EstimatorName
 from hawq.curvature.sites import Subject
-from hawq.curvature.units import EstimatorName
 from hawq.task import Batch, Objective
 
 __all__ = ["fitting_examples"]

@@ -12,8 +12,8 @@ from hawq.curvature.estimate import Population
 from hawq.curvature.finite_difference import missing_second_derivative
 from hawq.curvature.importance import draw_examples, output_curvature
 from hawq.curvature.network import differentiable, weights_of
+from hawq.curvature.plan import EstimatorName, StopRule, TracePlan
 from hawq.curvature.sites import Granularity, Subject, activation_sites, weight_sites
-from hawq.curvature.units import EstimatorName, StopRule, TracePlan
 from hawq.space import evaluating
 from hawq.task import Batch, Objective, moved
 

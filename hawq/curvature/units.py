@@ -1,16 +1,12 @@
-"""Trace estimation cut into units of work that any worker may do, in any order.
+"""One unit of a trace estimation: some examples and a few probes.
 
 A plan numbers its units: round after round over the batches, a few probes each. A unit is a pure
-function of (task, weights, plan, index). A reducer takes finished units in any order, looks only
-at complete rounds without gaps, and decides from those when the estimate is good enough. So the
-result has the same bits for any number of workers and any accidents on the way, on the same kind
-of machine, torch, number of threads a worker and micro-batch.
+function of (task, weights, plan, index), so any worker may do it, again if need be.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,155 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from hawq.curvature.estimate import Population, TraceEstimate, UnitSums, summarize
+from hawq.curvature.estimate import UnitSums
 from hawq.curvature.finite_difference import finite_difference_samples
 from hawq.curvature.gauss_newton import gauss_newton_samples
 from hawq.curvature.hutchinson import hutchinson_samples
 from hawq.curvature.network import differentiable, refuse_nonfinite, weights_of
 from hawq.curvature.per_example import Tape, WeightTape, per_example_traces
+from hawq.curvature.plan import TracePlan
 from hawq.curvature.probes import probe_seed, totals
 from hawq.curvature.residual import residual_loss
-from hawq.curvature.sites import (
-    ActivationTape,
-    Granularity,
-    Site,
-    Subject,
-    channel_sums,
-    group_names,
-    group_sums,
-)
+from hawq.curvature.sites import ActivationTape, channel_sums, group_sums
 from hawq.task import Batch, Factor, Objective, moved
 
-__all__ = ["EstimatorName", "Reducer", "StopRule", "TracePlan", "estimate_traces", "run_unit"]
-
-EstimatorName = Literal[
-    "exact_gauss_newton",
-    "mixed_gauss_newton",
-    "gauss_newton",
-    "corrected_gauss_newton",
-    "hutchinson",
-    "finite_difference",
-    "fisher",
-]
-StopRule = Literal["error", "shares", "order", "count"]
-
-# Those that see the examples one by one, and those of them without probes.
-_BY_EXAMPLE = ("exact_gauss_newton", "mixed_gauss_newton", "fisher")
-_EXACT = ("exact_gauss_newton", "fisher")
-# A standard error from fewer degrees of freedom may be small by luck, and would stop the plan.
-_MIN_FREEDOM = 10
-
-
-@dataclass(frozen=True, slots=True)
-class TracePlan:
-    """What to estimate, on which examples, how, and when to stop.
-
-    Attributes:
-        layers: Names of the layers whose weights, or inputs, are traced.
-        estimator: ``"exact_gauss_newton"`` and ``"fisher"`` (the empirical one) need no probes, and
-            the numbers of them do not matter; ``"mixed_gauss_newton"``; ``"gauss_newton"``, by
-            random signs; ``"corrected_gauss_newton"``, with Hutchinson's probes of what the Hessian
-            has besides; ``"hutchinson"``; ``"finite_difference"``.
-        split: Split of the task that the examples come from.
-        examples: Indices into it.
-        batch_size: Examples a unit.
-        probes_per_unit: Probes a unit; they share one forward pass. At least 2.
-        rtol: Stop when every group's probe error is at most ``rtol`` of its trace, judged from
-            at least ten degrees of freedom (batches × (probes − 1)) …
-        max_probes: … or when each example has seen this many probes.
-        seed: Seed of all probes.
-        sites: The tensors; empty for the layers' weights.
-        subject: ``"weights"`` or ``"activations"``.
-        granularity: ``"channel"`` also traces each channel of every site.
-        weights: Of the examples, where they were drawn by importance; empty where all count alike.
-        population: Where they were drawn from.
-        floor: Directions of an example's loss whose energy, times its weight, is at most this are
-            left out, by the estimators that see examples one by one.
-        leading: Directions that ``"mixed_gauss_newton"`` takes one by one.
-        atol: Added to the tolerance, as a share of Σ|trace|.
-        stop: ``"error"`` as above; ``"shares"``: every share of Σ|trace| is known to ``rtol``;
-            ``"order"``: the order of the average traces is beyond doubt; ``"count"``: never early.
-
-    Raises:
-        ValueError: If a number is too small for an error to be estimated.
-    """
-
-    layers: tuple[str, ...]
-    estimator: EstimatorName
-    split: str
-    examples: tuple[int, ...]
-    batch_size: int
-    probes_per_unit: int
-    rtol: float
-    max_probes: int
-    seed: int
-    sites: tuple[Site, ...] = ()
-    subject: Subject = "weights"
-    granularity: Granularity = "layer"
-    weights: tuple[float, ...] = ()
-    population: Population | None = None
-    floor: float = 0.0
-    leading: int = 0
-    atol: float = 0.0
-    stop: StopRule = "error"
-
-    def __post_init__(self) -> None:
-        if self.weights and len(self.weights) != len(self.examples):
-            raise ValueError(
-                "weights must be one an example, "
-                f"got {len(self.weights)} for {len(self.examples)} examples"
-            )
-        if self.weights and self.population is None:
-            raise ValueError("weights must come with the population that they were drawn from")
-        if not self.sites and (self.subject, self.granularity) != ("weights", "layer"):
-            raise ValueError("sites must be given for activations, and for channels")
-        if self.probes_per_unit < 2 or self.max_probes < self.probes_per_unit:
-            raise ValueError(
-                "probes_per_unit must be at least 2 and max_probes not less, "
-                f"got {self.probes_per_unit} and {self.max_probes}"
-            )
-        least = 1 if self.sees_examples else 2
-        if self.num_batches < least or len(self.examples) < 2:
-            raise ValueError(
-                f"examples must fill at least {least} batches, and be 2 at least, "
-                f"got {len(self.examples)} examples and batches of {self.batch_size}"
-            )
-
-    @property
-    def sees_examples(self) -> bool:
-        """Whether the estimator finds each example's own traces."""
-        return self.estimator in _BY_EXAMPLE
-
-    @property
-    def num_batches(self) -> int:
-        """Batches that the examples make; the last may be smaller."""
-        return -(-len(self.examples) // self.batch_size)
-
-    @property
-    def num_units(self) -> int:
-        """Units if nothing stops early."""
-        if self.estimator in _EXACT:
-            return self.num_batches
-        return self.num_batches * (self.max_probes // self.probes_per_unit)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The groups' names: the sites, then all channels if they are asked for."""
-        return group_names(self.sites, self.granularity) if self.sites else self.layers
-
-    @property
-    def num_sites(self) -> int:
-        """Tensors traced; the first groups."""
-        return len(self.sites) or len(self.layers)
-
-    @property
-    def elements(self) -> tuple[int, ...]:
-        """Elements of each group, shape (G,); needs ``sites``."""
-        sizes = [site.num_elements for site in self.sites]
-        if self.granularity == "channel":
-            for site in self.sites:
-                sizes += [site.num_elements // site.num_channels] * site.num_channels
-        return tuple(sizes)
+__all__ = ["run_unit"]
 
 
 def run_unit(
@@ -228,7 +88,7 @@ def run_unit(
         plan.num_sites,
         weights=w,
         excluded=np.maximum(1 - inclusion, 0),
-        num_probes=0 if plan.estimator in _EXACT else len(seeds),
+        num_probes=0 if plan.is_exact else len(seeds),
     )
 
 
@@ -364,68 +224,3 @@ class _Part:
         return [
             values * (site.num_elements / seen.site.num_elements) for values, site, seen in pairs
         ]
-
-
-class Reducer:
-    """Collect units in any order; estimate from complete rounds only, in index order.
-
-    Attributes:
-        plan: The plan whose units are collected.
-        estimate: From all complete rounds so far; None before the first.
-        finished: Whether the plan's error or its last probe is reached; later units are ignored.
-    """
-
-    def __init__(self, plan: TracePlan) -> None:
-        self.plan = plan
-        self.estimate: TraceEstimate | None = None
-        self.finished = False
-        self._units: dict[int, UnitSums] = {}
-        self._rounds = 0
-
-    def add(self, index: int, unit: UnitSums) -> None:
-        """Take one finished unit."""
-        if self.finished:
-            return
-        self._units[index] = unit
-        width = self.plan.num_batches
-        while not self.finished and all(
-            i in self._units for i in range(self._rounds * width, (self._rounds + 1) * width)
-        ):
-            self._rounds += 1
-            prefix = [self._units[i] for i in range(self._rounds * width)]
-            self.estimate = summarize(prefix, self.plan.names, self.plan.population)
-            # Where examples are seen one by one, each of them has its own spread.
-            seen = self.plan.sees_examples
-            spreads = self.estimate.num_examples if seen else width
-            freedom = spreads * (self.estimate.num_probes - (self._rounds if seen else 1))
-            self.finished = self._rounds * width >= self.plan.num_units or (
-                freedom >= _MIN_FREEDOM and _good_enough(self.plan, self.estimate)
-            )
-
-    @property
-    def missing(self) -> Sequence[int]:
-        """Units that are not there yet, in index order; empty when finished."""
-        if self.finished:
-            return []
-        return [i for i in range(self.plan.num_units) if i not in self._units]
-
-
-def _good_enough(plan: TracePlan, estimate: TraceEstimate) -> bool:
-    if plan.stop == "count":
-        return False
-    if plan.stop == "order":
-        return estimate.ordered(np.array(plan.elements))
-    if plan.stop == "shares":
-        return bool((estimate.share_probe_error <= plan.rtol).all())
-    return bool(estimate.converged(plan.rtol, plan.atol).all())
-
-
-def estimate_traces(task: Objective, model: nn.Module, plan: TracePlan) -> TraceEstimate:
-    """Carry out a plan in this process; workers give the same bits."""
-    reducer = Reducer(plan)
-    for index in range(plan.num_units):
-        reducer.add(index, run_unit(task, model, plan, index))
-        if reducer.finished:
-            break
-    assert reducer.estimate is not None
-    return reducer.estimate
