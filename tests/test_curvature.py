@@ -15,11 +15,13 @@ from oracles import (
     mean_loss_hessian,
 )
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hawq.curvature.gauss_newton import gauss_newton_samples
 from hawq.curvature.hutchinson import hutchinson_samples
 from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.probes import probe_seed, rademacher
+from hawq.curvature.residual import residual_loss
 from hawq.factors import softmax_factor
 from hawq.task import Factor
 
@@ -152,6 +154,45 @@ def test_outputs_of_any_shape_are_traced():
     samples = gauss_newton_samples(outputs, [identity_factor(outputs)], [weight], range(2000))
     jacobian_norm = F.unfold(x, 3).square().sum()
     assert_mean(samples, [float(2 * jacobian_norm)])
+
+
+def test_examples_may_count_differently():
+    weight, x = leaf(2, 3, seed=1), random(4, 3, seed=2)
+    outputs = x @ weight.T
+    weights = torch.tensor([0.0, 0.5, 3.0, 1.0], dtype=torch.float64)
+    factor = identity_factor(outputs)
+    samples = gauss_newton_samples(outputs, [factor], [weight], range(2000), weights=weights)
+    assert_mean(samples, [float(2 * (weights * x.square().sum(1)).sum())])
+
+
+def test_a_reduction_gets_the_squares_of_every_input():
+    weight, unused, x = leaf(2, 3, seed=1), leaf(4), random(4, 3, seed=2)
+    outputs = x @ weight.T
+
+    def rows(parts: Sequence[Tensor | None]) -> Tensor:
+        assert parts[1] is None
+        return torch.zeros(2).double() if parts[0] is None else parts[0].sum(1)
+
+    arguments = (outputs, [identity_factor(outputs)], [weight, unused], range(2000))
+    samples = gauss_newton_samples(*arguments, reduce=rows)
+    assert_mean(samples, [float(x.square().sum())] * 2)
+    np.testing.assert_allclose(samples.sum(1), gauss_newton_samples(*arguments)[:, 0])
+
+
+def test_edges_of_the_graph_are_as_good_as_leaves():
+    x, first, second = random(5, 4, seed=1), leaf(3, 4, seed=2), leaf(2, 3, seed=3)
+    hidden = x @ first.T
+    edge = get_gradient_edge(hidden)
+    outputs = F.silu(hidden) @ second.T
+
+    def samples(at: Tensor | GradientEdge) -> np.ndarray:
+        loss = F.cross_entropy(outputs, torch.tensor([0, 1, 0, 1, 0]), reduction="sum")
+        hutchinson = hutchinson_samples(loss, [at], [0, 1])
+        return np.stack(
+            [hutchinson, gauss_newton_samples(outputs, [softmax_factor(outputs)], [at], [0, 1])]
+        )
+
+    np.testing.assert_array_equal(samples(edge), samples(hidden))
 
 
 # --- quadratics: everything is known ------------------------------------------------------------
@@ -291,6 +332,45 @@ def test_on_a_silu_network_hutchinson_is_right_and_gauss_newton_is_something_els
     assert relative[2] < 1e-9  # the last layer is linear in its weights whatever comes before
     assert_mean(samples_of(task, "hutchinson", range(1500)), exact)
     assert_mean(samples_of(task, "gauss_newton", range(1500)), other)
+
+
+@pytest.mark.parametrize("weights", [None, torch.linspace(0, 2, 12, dtype=torch.float64)])
+def test_gauss_newton_and_the_residual_add_up_to_the_hessian(weights):
+    task = TinyTask("silu", dtype=torch.float64)
+    model, batch = task.model().eval(), examples(task)
+    leaves = weights_of(model, LAYERS)
+    counts = torch.ones(12, dtype=torch.float64) if weights is None else weights
+    loss = (task.losses(model, batch) * counts).sum()
+    rest, outputs = residual_loss(lambda: task.losses(model, batch), model, weights)
+    p = outputs.detach().softmax(1)
+    inner = counts[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+
+    def product(value: Tensor, z: Sequence[Tensor]) -> Tensor:
+        gradient = torch.autograd.grad(value, leaves, create_graph=True)
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(gradient, leaves, z, retain_graph=True)]
+        )
+
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        z = [rademacher(w.shape, generator, w) for w in leaves]
+        u = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, u, z)
+        image = (inner @ pushed[:, :, None])[:, :, 0]
+        back = torch.autograd.grad(outputs, leaves, image, retain_graph=True)
+        gauss_newton = torch.cat([g.flatten() for g in back])
+        torch.testing.assert_close(product(loss, z), gauss_newton + product(rest, z))
+
+
+def test_a_network_that_runs_twice_or_not_at_all_has_no_residual():
+    task = TinyTask("silu")
+    model, batch = task.model().eval(), examples(task)
+    once = task.losses(model, batch).detach()
+    assert residual_loss(lambda: once, model) is None
+    twice = lambda: task.losses(model, batch) + task.losses(model, batch)  # noqa: E731
+    assert residual_loss(twice, model) is None
+    assert not model._forward_hooks
 
 
 def test_adding_a_constant_to_the_loss_changes_nothing():

@@ -283,6 +283,18 @@ def test_the_data_error_of_batches_is_calibrated_whatever_the_probes_add(noise):
     assert abs(spread / mean_square([e.error for e in estimates])[0] - 1) < ALLOWED
 
 
+def test_batches_of_a_draw_add_the_pool_s_own_choice_to_their_spread():
+    # Examples that are not seen cannot tell how their traces vary: their outputs' curvature does.
+    rng = np.random.default_rng(0)
+    units = [UnitSums.of(j, 4, 4 * rng.lognormal(size=(3, 2)), 2) for j in range(10)]
+    alone = summarize(units, NAMES, Population(1000, None, 0.0))
+    with_pool = summarize(units, NAMES, Population(1000, 4000, 5.0))
+    added = with_pool.data_error**2 - alone.data_error**2
+    np.testing.assert_allclose(added, (1 / 1000 - 1 / 4000) * 5 * alone.trace**2)
+    # A curvature that all traces follow changes no share.
+    np.testing.assert_allclose(with_pool.share_error, alone.share_error)
+
+
 def test_without_spread_between_examples_the_data_error_is_no_larger_than_the_probes():
     estimate = synthetic(np.random.default_rng(2), [8] * 10, np.full(10, 3.0), 50, 1.0)
     assert estimate.data_error[0] <= 2 * estimate.probe_error[0]

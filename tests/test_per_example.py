@@ -214,10 +214,13 @@ def test_chunks_change_nothing_beyond_rounding(name, monkeypatch):
 
 def test_one_example_gives_what_it_gives_among_others():
     network, x, layers = make("groups")
-    together = traced(network, x, layers)
-    for n in range(len(x)):
-        for a, b in zip(together, traced(network, x[n : n + 1], layers), strict=True):
-            torch.testing.assert_close(a[:, n], b[:, 0], rtol=1e-12, atol=0)
+    energy = directions(network(x).detach(), softmax_factor(network(x))).energy
+    for floor in (0.0, 1.01 * float(energy[:, 1].median())):  # which some reach and some do not
+        together = traced(network, x, layers, floor=floor)
+        for n in range(len(x)):
+            alone = traced(network, x[n : n + 1], layers, floor=floor)
+            for a, b in zip(together, alone, strict=True):
+                torch.testing.assert_close(a[:, n], b[:, 0], rtol=1e-12, atol=0)
 
 
 def test_outputs_of_any_shape_are_traced():

@@ -154,6 +154,7 @@ def make_summary(
             trace=trace,
             probe_error=[0.012 * t for t in trace],
             data_error=[draw.uniform(0.03, 0.3) * t for t in trace],
+            share_error=[0.05 * t / sum(trace) for t in trace],
             num_probes=48,
             pool_size=None,
             num_examples=1024,

@@ -336,6 +336,18 @@ def test_a_batch_gives_what_its_examples_give_one_by_one(estimator):
     np.testing.assert_allclose(single.data_error, together.data_error, rtol=1e-8)
 
 
+def test_a_floor_leaves_out_the_same_in_a_batch_and_one_by_one():
+    # Of some examples a direction is left out that others keep.
+    task = task_of(Branches)
+    for floor in (0.05, 0.1, 0.2):
+        plan = replace(plan_of(task, Branches.layers), floor=floor)
+        together = estimate_traces(task, task.model(), plan)
+        single = estimate_traces(task, task.model(), replace(plan, batch_size=1))
+        np.testing.assert_allclose(single.trace, together.trace, rtol=1e-10)
+        full = estimate_traces(task, task.model(), replace(plan, floor=0.0))
+        assert 0 < together.trace[0] < full.trace[0]
+
+
 def test_training_mode_and_frozen_weights_change_nothing():
     task = TinyTask(dtype=torch.float64)
     plan = plan_of(task, LAYERS)

@@ -1,7 +1,27 @@
 """Allocators: sensitivity and cost tables in, bits out. No network, no data, no randomness."""
 
+from hawq.allocate.constrained import FrontTooLargeError, constrained_front
 from hawq.allocate.front import Front, InfeasibleBudgetError
+from hawq.allocate.hull import Hull, lower_hull
+from hawq.allocate.lagrangian import lagrangian_solution
+from hawq.allocate.milp import Budget, InfeasibleBudgetsError, Verdict, milp_solution
 from hawq.allocate.monotone import monotone_front
 from hawq.allocate.pareto import pareto_front
+from hawq.allocate.solution import Solution
 
-__all__ = ["Front", "InfeasibleBudgetError", "monotone_front", "pareto_front"]
+__all__ = [
+    "Budget",
+    "Front",
+    "FrontTooLargeError",
+    "Hull",
+    "InfeasibleBudgetError",
+    "InfeasibleBudgetsError",
+    "Solution",
+    "Verdict",
+    "constrained_front",
+    "lagrangian_solution",
+    "lower_hull",
+    "milp_solution",
+    "monotone_front",
+    "pareto_front",
+]

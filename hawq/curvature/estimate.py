@@ -131,6 +131,10 @@ class UnitSums:
         mean = t.mean(0)
         v = weights[:, None] * mean
         off = weights[:, None] * (t - mean)
+        # A square of a mean over probes is too large by the mean's own variance, known from them.
+        scale = len(t) * max(len(t) - 1, 1)
+        noise = np.square(t - mean).sum(0) / scale
+        noise_cross = ((t - mean) * (t - mean)[..., -1:]).sum(0) / scale
         w, c = weights[:, None], excluded[:, None]
         sums = np.stack(
             [
@@ -138,10 +142,10 @@ class UnitSums:
                 np.square(off).sum((0, 1)),
                 (off * off[..., -1:]).sum((0, 1)),
                 (c * v).sum(0),
-                (c * v**2).sum(0),
-                (c * v * v[:, -1:]).sum(0),
-                (w * mean**2).sum(0),
-                (w * mean * mean[:, -1:]).sum(0),
+                (c * w**2 * (mean**2 - noise)).sum(0),
+                (c * w**2 * (mean * mean[:, -1:] - noise_cross)).sum(0),
+                (w * (mean**2 - noise)).sum(0),
+                (w * (mean * mean[:, -1:] - noise_cross)).sum(0),
                 np.zeros(t.shape[2]),
             ]
         )
@@ -239,10 +243,6 @@ def summarize(
         data, data_cross = data - probe, data_cross - probe_cross
     else:
         data, data_cross = _over_examples(batches, batches.drawn, trace, where)
-        # An example's trace has a visit's probes only, and their error with it.
-        freely = batches.drawn / batches.num + batches.num * where.choice
-        noise = batches.visits * min(1.0, freely)
-        data, data_cross = data - noise * probe, data_cross - noise * probe_cross
     return TraceEstimate(
         trace[:-1],
         _root(probe)[:-1],

@@ -1,11 +1,13 @@
 """How many examples fit into memory at once."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.plan import EstimatorName
-from hawq.curvature.sites import Subject
+from hawq.curvature.sites import ActivationTape, Subject
 from hawq.task import Batch, Objective
 
 __all__ = ["fitting_examples"]
@@ -48,8 +50,10 @@ def fitting_examples(
 
     leaves = weights_of(model, layers) if subject == "weights" else []
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    tape = ActivationTape(model, layers)
     with (
         differentiable(model, leaves),
+        tape.recording() if subject == "activations" else nullcontext(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         loss = task.losses(model, batch)  # alive until counted, or storages would be reused

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hawq.curvature.choice import Choice, choose_estimator, choose_passes
+from hawq.curvature.choice import Choice, choose_estimator, choose_passes, not_taken_apart
 from hawq.curvature.estimate import Population
 from hawq.curvature.finite_difference import missing_second_derivative
 from hawq.curvature.importance import draw_examples, output_curvature
@@ -23,6 +23,8 @@ __all__ = ["DrawnExamples", "Look", "drawn_examples", "look_here", "plan_traces"
 Look = Callable[[Sequence[int]], Tensor]
 
 _FEW, _SOME = 2, 64
+# Estimators that find each example's own weight gradients.
+_APART = {"exact_gauss_newton", "mixed_gauss_newton", "corrected_gauss_newton", "fisher"}
 # Share of the outputs' curvature that may be left out, at the very most: a hundredth of what a
 # trace is ever asked to be known to.
 _NEGLIGIBLE = 1e-4
@@ -81,6 +83,12 @@ def plan_traces(
         raise ValueError("finite_difference is for weights, got subject 'activations'")
     device = next(model.parameters()).device
     few = moved(task.batch(split, torch.arange(min(_FEW, batch_size, task.size(split)))), device)
+    one = moved(task.batch(split, torch.arange(1)), device)
+    sites = (
+        weight_sites(model, layers)
+        if subject == "weights"
+        else activation_sites(model, layers, lambda: task.losses(model, one))
+    )
     rank = _rank(task, model, few)
     if not rank and estimator.endswith("gauss_newton"):
         raise ValueError(
@@ -90,7 +98,14 @@ def plan_traces(
     if estimator == "auto":
         choice = choose_estimator(task, model, layers, few, subject=subject)
     else:
-        choice = Choice(estimator, "it was asked for")
+        choice = Choice(estimator, "asked for")
+    if subject == "weights":
+        choice = _apart(task, model, layers, one, choice, forced=estimator != "auto")
+    elif choice.estimator == "finite_difference":
+        raise ValueError(
+            "traces of activations need a second derivative or the task's curvature(), got "
+            f"neither: {choice.reason}"
+        )
     if choice.estimator in {"hutchinson", "corrected_gauss_newton"} and estimator != "auto":
         _refuse_missing_derivative(task, model, layers, few)
     drawn = drawn_examples(
@@ -129,12 +144,6 @@ def plan_traces(
         drawn = drawn.by_curvature()
     if choice.estimator == "mixed_gauss_newton" and estimator != "mixed_gauss_newton":
         probes_per_unit = choice.probes
-    one = moved(task.batch(split, torch.arange(1)), device)
-    sites = (
-        weight_sites(model, layers)
-        if subject == "weights"
-        else activation_sites(model, layers, lambda: task.losses(model, one))
-    )
     plan = TracePlan(
         layers=tuple(layers),
         estimator=choice.estimator,
@@ -173,6 +182,28 @@ def look_here(task: Objective, model: nn.Module, split: str, batch_size: int) ->
             )
 
     return look
+
+
+def _apart(
+    task: Objective,
+    model: nn.Module,
+    layers: Sequence[str],
+    one: Batch,
+    choice: Choice,
+    *,
+    forced: bool,
+) -> Choice:
+    """Refuse, or replace, an estimator whose layers cannot be taken apart by example."""
+    odd = not_taken_apart(task, model, layers, one) if choice.estimator in _APART else ""
+    if odd and forced:
+        raise ValueError(
+            f"{choice.estimator} needs layers whose gradients can be taken apart by example, got "
+            f"{odd}: use auto or gauss_newton"
+        )
+    if odd:
+        reason = f"{choice.reason}; {odd} cannot be taken apart by example"
+        return Choice("hutchinson", reason)
+    return choice
 
 
 def _refuse_missing_derivative(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
-from hawq.space import evaluating
+from hawq.curvature.network import differentiable
 
 __all__ = [
     "ActivationTape",
@@ -71,11 +71,19 @@ def activation_sites(
     Args:
         model: The network.
         layers: Names of the layers that may read them.
-        forward: Runs the network on one example or several, in the order of the loss.
+        forward: Runs the network on one example, in the order of the loss.
+
+    Raises:
+        ValueError: If none of the layers reads anything that depends on the network's inputs.
     """
-    tape = ActivationTape(model, layers)
-    with evaluating(model), tape.recording():
+    tape = ActivationTape(model, layers, 1)
+    with differentiable(model, []), tape.recording():
         forward()
+    if not tape.edges:
+        raise ValueError(
+            "layers must read tensors that depend on what the network is called with, got none "
+            f"read by {', '.join(layers)}: call the network itself, not one of its methods"
+        )
     return tuple(seen.site for seen in tape.seen)
 
 
@@ -132,13 +140,16 @@ class ActivationTape:
     Args:
         model: The network; its own inputs take part.
         layers: Names of the layers whose inputs are recorded.
+        num_examples: Examples of the pass; None for one a row.
 
     Attributes:
         seen: The tensors, in the order in which they were first read.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self._model, self._layers = model, layers
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], num_examples: int | None = None
+    ) -> None:
+        self._model, self._layers, self._num_examples = model, layers, num_examples
         self.seen: list[_Seen] = []
 
     @contextmanager
@@ -177,6 +188,11 @@ class ActivationTape:
             if gradient is None:
                 norms.append(torch.zeros(len(rows), seen.site.num_channels, dtype=torch.float64))
                 continue
+            if len(gradient) != (self._num_examples or len(gradient)):
+                raise ValueError(
+                    f"{seen.site.name} must hold one example a row to be taken apart by example, "
+                    f"got {len(gradient)} rows of {self._num_examples} examples: use hutchinson"
+                )
             squares = gradient[rows].square().movedim(seen.axis, 1)[..., None].flatten(2)
             norms.append(squares.sum(2, dtype=torch.float64).cpu())
         return norms
@@ -189,7 +205,8 @@ class ActivationTape:
             number = sum(seen.site.name.rpartition("#")[0] == name for seen in self.seen)
             # A linear layer reads its features last, a convolution its channels second.
             axis = tensor.ndim - 1 if isinstance(layer, nn.Linear) else 1
-            site = Site(f"{name}#{number}", tensor[0].numel(), tensor.shape[axis])
+            elements = tensor.numel() // (self._num_examples or len(tensor))
+            site = Site(f"{name}#{number}", elements, tensor.shape[axis])
             edge = get_gradient_edge(tensor) if tensor.requires_grad else None
             self.seen.append(_Seen(site, tensor, edge, axis))
 

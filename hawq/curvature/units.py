@@ -113,7 +113,7 @@ class _Part:
         if plan.subject == "weights":
             tape = WeightTape(self.model, plan.layers)
         else:
-            tape, leaves = ActivationTape(self.model, plan.layers), []
+            tape, leaves = ActivationTape(self.model, plan.layers, len(self.examples)), []
         with differentiable(self.model, leaves):
             batch = self._batch()
             channels = per_example_traces(
@@ -132,7 +132,9 @@ class _Part:
     def samples(self) -> NDArray[np.float64]:
         """The traces of all examples' summed loss, shape (K, G)."""
         plan, model = self.plan, self.model
-        tape = ActivationTape(model, plan.layers) if plan.subject == "activations" else None
+        tape = None
+        if plan.subject == "activations":
+            tape = ActivationTape(model, plan.layers, len(self.examples))
         leaves = [] if tape else weights_of(model, plan.layers)
         with differentiable(model, leaves):
             batch = self._batch()

@@ -1,5 +1,7 @@
 """What any estimator is held against: one plain gradient, and one training step."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from tests.benchmarks.peers.problem import Problem
 NOTHING = Step(np.zeros(0), probes=0)
 
 
-def gradient(problem: Problem, batch: int):
+def gradient(problem: Problem, batch: int) -> Callable[[], Step]:
     """One forward and one backward pass, for the traced weights alone, batch by batch."""
 
     def step() -> Step:
@@ -22,7 +24,7 @@ def gradient(problem: Problem, batch: int):
     return step
 
 
-def training(problem: Problem, batch: int):
+def training(problem: Problem, batch: int) -> Callable[[], Step]:
     """One training step: train mode, every parameter, SGD with momentum."""
     problem.model.train().requires_grad_(True)
     sgd = torch.optim.SGD(problem.model.parameters(), lr=1e-6, momentum=0.9)
