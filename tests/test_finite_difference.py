@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.ops import roi_align
 
-from hawq.curvature.finite_difference import missing_second_derivative, finite_difference_samples
+from hawq.curvature.finite_difference import finite_difference_samples, missing_second_derivative
 from hawq.curvature.hutchinson import hutchinson_samples
 from hawq.curvature.network import differentiable, weights_of
 from hawq.curvature.probes import rademacher
