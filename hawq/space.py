@@ -116,9 +116,14 @@ class Space:
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which widths each group's menu and tie allow, shape (L, B), columns ``widths``."""
-        mask = np.zeros((len(self), len(self.widths)), np.bool_)
+        widths = self.widths
+        masks: dict[tuple[int, ...], NDArray[np.bool_]] = {}  # many channels share a menu
+        mask = np.zeros((len(self), len(widths)), np.bool_)
         for members in self.rows():
-            mask[list(members)] = np.isin(self.widths, self.menu_of(members))
+            menu = self.groups[members[0]].menu if len(members) == 1 else self.menu_of(members)
+            if menu not in masks:
+                masks[menu] = np.isin(widths, menu)
+            mask[list(members)] = masks[menu]
         return mask
 
     def pinned(self, pins: Mapping[str, int]) -> "Space":

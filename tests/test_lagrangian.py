@@ -16,7 +16,7 @@ from hawq.allocate import (
     monotone_front,
     pareto_front,
 )
-from hawq.allocate.layer_rules import spend_on_few_widths
+from hawq.allocate.few_widths import spend_on_few_widths
 from hawq.allocate.remainder import spend
 from hawq.cost import weight_bits
 from hawq.space import Group, Space
@@ -76,6 +76,22 @@ def test_the_bound_holds_however_little_may_be_tried(problem, budget, max_states
         assert choice.bound <= expected * (1 + 1e-12)
         assert choice.cost <= budget
         assert expected <= choice.sensitivity <= found.total[found.within(budget)] + 1e-9
+
+
+@pytest.mark.parametrize("max_states", [1, 3])
+def test_the_bound_knows_what_was_dropped(max_states):
+    space, missed = free_space([5, 7, 11, 13, 17, 19], (2, 3, 4, 8)), 0
+    cost = weight_bits(space)
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        sensitivity = generator.random((6, 1)) * 4.0 ** -np.array(space.widths)
+        budget = int(generator.integers(cost[:, 0].sum(), cost[:, -1].sum()))
+        front = pareto_front(space, sensitivity, cost)
+        optimum = front.sensitivity[front.within(budget)]
+        choice = spend(lower_hull(sensitivity, cost), budget, max_states=max_states)
+        assert choice.bound <= optimum * (1 + 1e-12)
+        missed += choice.sensitivity > optimum * (1 + 1e-12)
+    assert missed  # or this test would not have tried what it is for
 
 
 @given(problems(tied=False), st.data())
@@ -243,6 +259,18 @@ def test_few_widths_for_many_channels_have_a_small_gap(max_widths):
     assert found.gap < 0.01
 
 
+def test_other_sets_of_widths_are_tried_where_they_may_be_better():
+    space = channel_space([40, 60, 80], [27, 576, 64], (2, 3, 4, 8))
+    sensitivity, cost = channel_tables(space, 2)
+    layers = np.repeat([0, 1, 2], [40, 60, 80])
+    rule = {"layers": layers, "max_widths": 2}
+    budget = int(3.1 * cost[:, 0].sum() / 2)
+    first = spend_on_few_widths(sensitivity, cost, budget, **rule, max_tries=0)
+    better = spend_on_few_widths(sensitivity, cost, budget, **rule)
+    assert better.cost <= budget
+    assert better.bound == first.bound <= better.sensitivity < 0.97 * first.sensitivity
+
+
 @pytest.mark.parametrize("multiple", [8, 16, 32])
 @pytest.mark.parametrize("max_widths", [None, 2])
 def test_counts_of_channels_are_multiples_but_for_one_width(multiple, max_widths):
@@ -262,13 +290,16 @@ def test_counts_of_channels_are_multiples_but_for_one_width(multiple, max_widths
         assert max_widths is None or len(counts) <= max_widths
 
 
-def test_rounding_to_multiples_is_the_best_there_is_for_channels_that_differ_by_a_factor():
-    space = channel_space([8], [3], (2, 4))
+@pytest.mark.parametrize("num_channels", [8, 6])  # in the second a block is left over
+def test_rounding_to_multiples_is_the_best_there_is_for_channels_that_differ_by_a_factor(
+    num_channels,
+):
+    space = channel_space([num_channels], [3], (2, 4))
     sensitivity, cost = channel_tables(space, 3)
-    found = lagrangian_solution(space, sensitivity, cost, 3 * 8 * 3 + 5, multiple=4)
-    best = min(
-        evaluate(sensitivity, choice) for choice in product(range(2), repeat=8) if sum(choice) == 4
-    )
+    budget = 3 * (4 * 5 + 2 * (num_channels - 5))  # for five, one of which must give way
+    found = lagrangian_solution(space, sensitivity, cost, budget, multiple=4)
+    choices = product(range(2), repeat=num_channels)
+    best = min(evaluate(sensitivity, choice) for choice in choices if sum(choice) == 4)
     assert found.sensitivity == pytest.approx(best, rel=1e-12)
 
 

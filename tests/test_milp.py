@@ -17,6 +17,7 @@ from hawq.allocate import (
     monotone_front,
     pareto_front,
 )
+from hawq.allocate.constrained import undominated_in_three
 from hawq.allocation import Allocation
 from hawq.cost import (
     Operation,
@@ -313,6 +314,21 @@ def test_the_constrained_front_is_that_of_all_allocations_within_the_limit(probl
     for point in range(len(front)):
         choice = front.allocation(point).choice(space)
         assert limited[np.arange(len(space)), choice].sum() <= limit
+
+
+@pytest.mark.parametrize("num_points", [1, 7, 48, 49, 500])
+@pytest.mark.parametrize("largest", [3, 40, 10**6])  # with many points alike, and with none
+def test_exactly_the_undominated_points_are_kept(num_points, largest):
+    generator = np.random.default_rng(num_points)
+    first, second, loss = points = generator.integers(0, largest, (3, num_points))
+    kept = undominated_in_three(first, second, loss.astype(float)).tolist()
+    expected = {
+        tuple(point)
+        for point in points.T.tolist()
+        if not any((other <= point).all() and (other < point).any() for other in points.T)
+    }
+    assert len(kept) == len(expected)  # one of those alike
+    assert {tuple(points[:, i].tolist()) for i in kept} == expected
 
 
 def joint_space(num_layers, menu=MENU):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hawq.allocate.front import Front, InfeasibleBudgetError, merge_ties, undominated
 from hawq.space import Space
 
-__all__ = ["FrontTooLargeError", "constrained_front"]
+__all__ = ["FrontTooLargeError", "constrained_front", "undominated_in_three"]
 
 _FEW = 48  # points that are compared each with each
 
@@ -81,7 +81,9 @@ def constrained_front(
             candidate_above = np.add.outer(total_above, above[row, columns]).ravel()
             within = np.flatnonzero(candidate_above <= slack)
             keep = within[
-                _undominated(candidate_cost[within], candidate_above[within], candidate[within])
+                undominated_in_three(
+                    candidate_cost[within], candidate_above[within], candidate[within]
+                )
             ]
             total_above = candidate_above[keep]
         else:
@@ -99,7 +101,7 @@ def constrained_front(
     return rows.front(space, choice)
 
 
-def _undominated(
+def undominated_in_three(
     first: NDArray[np.int64], second: NDArray[np.int64], sensitivity: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """Return the indices of the points that no other beats in all three quantities."""

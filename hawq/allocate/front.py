@@ -109,12 +109,18 @@ def merge_ties(space: Space, sensitivity: NDArray[np.float64], cost: NDArray[np.
         raise ValueError("sensitivity must not hold NaN, nor cost negative numbers")
     members = space.rows()
     barred = np.where(space.allowed(), sensitivity, np.inf)
-    merged = np.stack([barred[list(m)].sum(0) for m in members])
+    row_of = np.empty(len(space), np.int64)
+    for row, groups in enumerate(members):
+        row_of[list(groups)] = row
+    merged = np.zeros((len(members), expected[1]))
+    merged_cost = np.zeros(merged.shape, np.int64)
+    np.add.at(merged, row_of, barred)  # in the order of the groups
+    np.add.at(merged_cost, row_of, cost)
     finite = np.isfinite(merged).any(1)
     if not finite.all():
         name = space.names[members[int(np.argmin(finite))][0]]
         raise ValueError(f"sensitivity must be finite for some allowed width, got none for {name}")
-    return Rows(merged, np.stack([cost[list(m)].sum(0) for m in members]), members)
+    return Rows(merged, merged_cost, members)
 
 
 def undominated(cost: NDArray[np.int64], sensitivity: NDArray[np.float64]) -> NDArray[np.int64]:

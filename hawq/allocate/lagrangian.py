@@ -9,9 +9,10 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from hawq.allocate.channel_blocks import channel_blocks
+from hawq.allocate.few_widths import spend_on_few_widths
 from hawq.allocate.front import Rows, merge_ties
 from hawq.allocate.hull import lower_hull
-from hawq.allocate.layer_rules import channel_blocks, spend_on_few_widths
 from hawq.allocate.remainder import Choice, spend
 from hawq.allocate.solution import Solution
 from hawq.allocation import Allocation
