@@ -69,6 +69,9 @@ class ProbeWorker:
         self._model.load_state_dict(state)
         self._model.to(device).eval()
 
+    def answer(self) -> None:
+        """Say that the network is there."""
+
     def run(self, plan: TracePlan, index: int) -> tuple[UnitSums, float, int]:
         """Do one unit; return it, the CPU seconds, and how many examples fitted into memory."""
         started = time.process_time()
@@ -199,6 +202,8 @@ class WorkerPool:
         """
         waiting = list(reversed(calls))
         flights: dict[ray.ObjectRef[Any], tuple[int, ActorHandle[ProbeWorker]]] = {}
+        greeted: dict[ray.ObjectRef[Any], ActorHandle[ProbeWorker]] = {}
+        present: list[ActorHandle[ProbeWorker]] = []
 
         def launch(worker: ActorHandle[ProbeWorker]) -> None:
             if waiting:
@@ -206,22 +211,37 @@ class WorkerPool:
                 call = getattr(worker, method).options(name=f"probe:{method}")
                 flights[call.remote(*calls[key])] = (key, worker)
 
-        for _ in range(_IN_FLIGHT):
-            for worker in self._workers:
-                launch(worker)
-        while flights:
-            (ready,), _ = ray.wait(list(flights), num_returns=1)
-            key, worker = flights.pop(ready)
+        def greet(worker: ActorHandle[ProbeWorker]) -> None:
+            """Give no work to a worker before it answers: it may wait for its place for ever."""
+            greeted[worker.answer.options(name="probe:answer").remote()] = worker
+
+        for worker in self._workers:
+            greet(worker)
+        while waiting or flights:
+            (ready,), _ = ray.wait([*flights, *greeted], num_returns=1)
+            is_answer = ready in greeted
+            key, worker = (-1, greeted.pop(ready)) if is_answer else flights.pop(ready)
             try:
-                result, seconds, micro_batch = ray.get(ready)
+                answer = ray.get(ready)
             except RayActorError as error:
-                waiting.append(key)
+                if not is_answer:
+                    waiting.append(key)
                 if worker in self._workers:
-                    launch(self._replacement(worker, error))
+                    greet(self._replacement(worker, error))
+                for other in present:  # who may have nothing to do by now
+                    if other in self._workers:
+                        launch(other)
                 continue
+            if is_answer:
+                present.append(worker)
+                for _ in range(_IN_FLIGHT):
+                    launch(worker)
+                continue
+            result, seconds, micro_batch = answer
             self.cpu_seconds += seconds
             yield key, (result, micro_batch)
-            launch(worker if worker in self._workers else self._workers[0])
+            if worker in self._workers:
+                launch(worker)
 
     def _start(self) -> ActorHandle[ProbeWorker]:
         return cast("ActorHandle[ProbeWorker]", self._remote.remote(*self._arguments))

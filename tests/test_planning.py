@@ -19,6 +19,7 @@ from hawq.curvature import (
     output_curvature,
     plan_traces,
 )
+from hawq.curvature.choice import choose_passes
 from hawq.curvature.columns import directions
 from hawq.curvature.planning import look_here
 
@@ -96,10 +97,31 @@ def test_a_tighter_error_is_planned_with_more_passes():
 
 
 def test_a_probe_counts_for_all_examples_together():
-    # Twice as many examples need half as many probes each, for the same error.
-    few, _ = plan_of(ManyClasses(num_examples=20), ("1",), num_examples=20, rtol=0.01)
-    many, _ = plan_of(ManyClasses(num_examples=640), ("1",), num_examples=640, rtol=0.01)
-    assert many.leading + many.probes_per_unit < few.leading + few.probes_per_unit
+    # Ten times as many examples need a third of the passes each, or less, for the same error.
+    few, _ = plan_of(ManyClasses(num_examples=60), ("1",), num_examples=60, rtol=0.01)
+    many, _ = plan_of(ManyClasses(num_examples=600), ("1",), num_examples=600, rtol=0.01)
+    assert 3 * (many.leading + many.probes_per_unit) < few.leading + few.probes_per_unit
+
+
+def test_directions_of_examples_that_count_for_nothing_are_not_counted():
+    task = TinyTask()
+    model = task.model().eval()
+    batch = task.batch("train", torch.arange(4))
+    for weights, expected in (([1, 1, 1, 1], "3.0"), ([2, 2, 0, 0], "1.5")):
+        choice = choose_passes(
+            task,
+            model,
+            LAYERS,
+            [batch],
+            one=task.batch("train", torch.arange(1)),
+            subject="weights",
+            weights=torch.tensor(weights, dtype=torch.float64),
+            floor=1e-6,
+            num_examples=4,
+            rtol=1e-3,
+        )
+        assert choice.estimator == "exact_gauss_newton"
+        assert choice.reason.startswith(f"{expected} directions an example")
 
 
 def test_outputs_without_any_curvature_need_no_direction():
