@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 
 from hawq.space import Space
 
-__all__ = ["Allocation"]
+__all__ = ["Allocation", "Bits", "by_owner"]
+
+# Of a layer or a tensor, or of each of its channels.
+Bits = int | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +96,28 @@ class Allocation:
                 f"got one of {data['space']}"
             )
         return Allocation.of(space, data["bits"])
+
+
+def by_owner(bits: Mapping[str, int]) -> dict[str, Bits]:
+    """Gather the bits of groups as those of layers and tensors.
+
+    Args:
+        bits: Group name to bits; the channels of a layer in order.
+
+    Returns:
+        ``w:LAYER`` or ``a:LAYER#i`` to its bits, or to those of its channels.
+
+    Raises:
+        ValueError: If channels are missing or out of order.
+    """
+    gathered: dict[str, Bits] = {}
+    for name, b in bits.items():
+        owner, bracket, channel = name.partition("[")
+        before = gathered.get(owner, ())
+        if not bracket:
+            gathered[name] = b
+        elif isinstance(before, tuple) and channel == f"{len(before)}]":
+            gathered[owner] = (*before, b)
+        else:
+            raise ValueError(f"the channels of {owner} must come in order from 0, got {name}")
+    return gathered

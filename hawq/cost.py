@@ -7,13 +7,12 @@ activation memory is a maximum: a ``Cost`` holds all of these, so that none is f
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hawq.allocation import Allocation
-from hawq.space import Space
+from hawq.space import PREFIX, Kind, Space
 
 __all__ = [
     "FLOAT_BITS",
@@ -28,6 +27,7 @@ __all__ = [
     "latency",
     "map_bits",
     "mib",
+    "num_elements",
     "peak_activation_bits",
     "scale_bits",
     "separable",
@@ -37,10 +37,8 @@ __all__ = [
 
 FLOAT_BITS = 32
 _BITS_PER_MIB = 8 << 20
-_PREFIX = {"weights": "w:", "activations": "a:"}
 
 Table = NDArray[np.int64]
-Kind = Literal["weights", "activations"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,12 +271,12 @@ def compression(space: Space, bits: int, of: Kind = "weights") -> float:
 
     With ``of="activations"`` for its activations: 32·Σ|a| / Σ b·|a|.
     """
-    return FLOAT_BITS * _num_elements(space, of) / bits
+    return FLOAT_BITS * num_elements(space, of) / bits
 
 
 def average_bits(space: Space, bits: int, of: Kind = "weights") -> float:
     """Bits per weight, or per activation."""
-    return bits / _num_elements(space, of)
+    return bits / num_elements(space, of)
 
 
 def mib(bits: int) -> float:
@@ -287,12 +285,12 @@ def mib(bits: int) -> float:
 
 
 def _element_bits(space: Space, kind: Kind) -> Table:
-    counted = [g.num_elements * g.name.startswith(_PREFIX[kind]) for g in space.groups]
+    counted = [g.num_elements * g.name.startswith(PREFIX[kind]) for g in space.groups]
     return np.outer(np.array(counted, np.int64), np.array(space.widths, np.int64))
 
 
-def _num_elements(space: Space, kind: Kind) -> int:
-    return sum(g.num_elements for g in space.groups if g.name.startswith(_PREFIX[kind]))
+def num_elements(space: Space, kind: Kind) -> int:
+    return sum(g.num_elements for g in space.groups if g.name.startswith(PREFIX[kind]))
 
 
 def _rows(space: Space, names: Iterable[str | int], prefix: str) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 Weights: symmetric, one scale an output channel, integer codes −2^(b−1) … 2^(b−1)−1 (as LSQ, Esser
 et al., 2020, and HAWQ-V3, Yao et al., 2021). One bit has the two codes −1 and +1, because the
-symmetric range would be empty. Activations: one scale a tensor, codes 0 … 2^b−1 where the tensor
-is never negative, else as for weights.
+symmetric range would be empty; no bits have the one code 0. Activations: one scale a tensor, codes
+0 … 2^b−1 where the tensor is never negative, else as for weights.
 
 Ranges minimize the squared error. Which range Ω sees decides the allocation: on a trained ResNet
 2-bit ranges from the largest weight lose 65 % of ‖W‖², the best ones 17 %.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["best_scales", "codes", "quantize", "squared_errors"]
+__all__ = ["best_scales", "channel_errors", "codes", "quantize", "squared_errors"]
 
 # Candidate ranges as fractions of the largest magnitude, then refinements at fixed codes.
 _NUM_RANGES = 48
@@ -26,10 +26,12 @@ def codes(bits: int, *, signed: bool = True) -> tuple[int, int]:
     """Return the least and the largest integer code of a width.
 
     Raises:
-        ValueError: If ``bits`` is outside 1..8.
+        ValueError: If ``bits`` is outside 0..8.
     """
-    if bits not in range(1, 9):
-        raise ValueError(f"bits must be within 1..8, got {bits}")
+    if bits not in range(9):
+        raise ValueError(f"bits must be within 0..8, got {bits}")
+    if bits == 0:
+        return 0, 0
     if not signed:
         return 0, 2**bits - 1
     return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -41,7 +43,7 @@ def quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True) -> Ten
     Args:
         x: Any shape.
         scale: Positive, broadcastable to ``x``.
-        bits: 1..8.
+        bits: 0..8.
         signed: Whether codes may be negative.
     """
     low, high = codes(bits, signed=signed)
@@ -60,13 +62,15 @@ def best_scales(x: Tensor, bits: int, *, signed: bool = True) -> Tensor:
 
     Args:
         x: Rows, shape (C, n).
-        bits: 1..8.
+        bits: 0..8.
         signed: Whether codes may be negative.
 
     Returns:
         Positive scales, shape (C, 1); a row of zeros gets a scale whose codes are all zero (one
-        bit has no zero: its scale is then negligible).
+        bit has no zero: its scale is then negligible). Without bits every scale is 1.
     """
+    if bits == 0:
+        return torch.ones_like(x[:, :1])
     if signed and bits == 1:
         return x.abs().mean(1, keepdim=True).clamp_min(_TINY)
     low, high = codes(bits, signed=signed)
@@ -92,6 +96,22 @@ def best_scales(x: Tensor, bits: int, *, signed: bool = True) -> Tensor:
     return scale
 
 
+def channel_errors(rows: Tensor, widths: Sequence[int], *, signed: bool = True) -> Tensor:
+    """‖Q_b(x) − x‖² of each row at each width, one scale a row: shape (C, B), float64.
+
+    Args:
+        rows: Shape (C, n).
+        widths: Bit-widths.
+        signed: Whether codes may be negative.
+    """
+    errors = []
+    for bits in widths:
+        scales = best_scales(rows, bits, signed=signed)
+        rounded = quantize(rows, scales, bits, signed=signed)
+        errors.append((rounded - rows).double().square().sum(1))
+    return torch.stack(errors, 1)
+
+
 def squared_errors(weight: Tensor, widths: Sequence[int]) -> Tensor:
     """‖Q_b(W) − W‖² of a layer at each width, shape (B,), float64.
 
@@ -99,12 +119,7 @@ def squared_errors(weight: Tensor, widths: Sequence[int]) -> Tensor:
         weight: Output channels first, shape (C, …).
         widths: Bit-widths.
     """
-    rows = weight.detach().flatten(1)
-    errors = []
-    for bits in widths:
-        rounded = quantize(rows, best_scales(rows, bits), bits)
-        errors.append((rounded - rows).double().square().sum())
-    return torch.stack(errors)
+    return channel_errors(weight.detach().flatten(1), widths).sum(0)
 
 
 def _rounded(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

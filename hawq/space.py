@@ -10,18 +10,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Group", "Space", "quantizable_layers", "weight_space"]
+__all__ = ["PREFIX", "Group", "Kind", "Space", "evaluating", "quantizable_layers", "sharing_layers"]
 
-BITS = range(1, 9)
+BITS = range(9)
+
+Kind = Literal["weights", "activations"]
+PREFIX: dict[Kind, str] = {"weights": "w:", "activations": "a:"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Group:
             ``a:LAYER#i`` for an activation tensor.
         num_elements: Weights in the group, or activations for one example.
         macs: Multiply-accumulates for one example in which the group takes part.
-        menu: Allowed bit-widths, strictly increasing, each in 1..8. A pinned group has one.
+        menu: Allowed bit-widths, strictly increasing, each in 1..8, or 0 for a channel that may be
+            pruned. A pinned group has one.
         tie: Groups with the same tie must receive the same bits; None ties to nothing.
     """
 
@@ -53,8 +57,25 @@ class Group:
             )
         if not self.menu or sorted(set(self.menu)) != list(self.menu):
             raise ValueError(f"{self.name}: menu must be strictly increasing, got {self.menu}")
-        if any(bits not in BITS for bits in self.menu):
-            raise ValueError(f"{self.name}: menu must stay within 1..8 bits, got {self.menu}")
+        if any(bits not in BITS[not self.is_channel :] for bits in self.menu):
+            raise ValueError(
+                f"{self.name}: menu must stay within 1..8 bits, or 0 for a channel, got {self.menu}"
+            )
+
+    @property
+    def is_channel(self) -> bool:
+        """Whether this is one channel of a layer or a tensor."""
+        return self.name.endswith("]")
+
+    @property
+    def owner(self) -> str:
+        """The layer, or ``LAYER#i``: the name without ``w:`` and without a channel."""
+        return self.name[2:].rpartition("[")[0] if self.is_channel else self.name[2:]
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob means this group: its name, its layer's, or its tensor's first reader."""
+        names = (self.name[2:], self.owner, self.owner.partition("#")[0])
+        return any(fnmatchcase(name, pattern) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +147,104 @@ class Space:
             mask[list(members)] = masks[menu]
         return mask
 
-    def pinned(self, pins: Mapping[str, int]) -> "Space":
+    def part(self, kind: Kind) -> "Space | None":
+        """Return the groups of the weights, or those of the activations; None where none is."""
+        groups = tuple(group for group in self.groups if group.name[:2] == PREFIX[kind])
+        return Space(groups) if groups else None
+
+    def pinned(self, pins: Mapping[str, int], kind: Kind = "weights") -> "Space":
         """Fix groups to one bit-width each.
 
         Args:
             pins: Layer name or glob, without the ``w:``, to bits.
+            kind: Whether they name weights or activations.
 
         Raises:
             ValueError: If a glob matches no group, or the bits are outside 1..8.
         """
+        return self.restricted({pattern: (bits,) for pattern, bits in pins.items()}, kind)
+
+    def restricted(self, menus: Mapping[str, Sequence[int]], kind: Kind = "weights") -> "Space":
+        """Give groups menus of their own.
+
+        Args:
+            menus: Layer name or glob, without the ``w:``, to its bit-widths. Of several that match,
+                the last one counts.
+            kind: Whether they name weights or activations.
+
+        Raises:
+            ValueError: If a glob matches no group, or a menu is empty or wider than 1..8.
+        """
         groups = list(self.groups)
-        for pattern, bits in pins.items():
-            hits = [i for i, g in enumerate(groups) if fnmatchcase(g.name[2:], pattern)]
-            if not hits:
-                known = ", ".join(group.name[2:] for group in groups[:5])
-                raise ValueError(f"pin {pattern!r} must match a layer, got none of {known}, …")
-            for i in hits:
-                groups[i] = replace(groups[i], menu=(bits,))
+        for pattern, menu in menus.items():
+            for i in self._named(pattern, kind):
+                groups[i] = replace(groups[i], menu=tuple(sorted(set(menu))))
         return Space(tuple(groups))
+
+    def at_least(self, least: Mapping[str, int], kind: Kind = "weights") -> "Space":
+        """Take widths below a least one off the menus.
+
+        Args:
+            least: Layer name or glob to bits; ``"first"`` and ``"last"`` mean the first and the
+                last layer where none is called so.
+            kind: Whether they name weights or activations.
+
+        Raises:
+            ValueError: If a glob matches no group, or nothing is left on a menu.
+        """
+        groups = list(self.groups)
+        for pattern, bits in least.items():
+            for i in self._named(pattern, kind):
+                menu = tuple(b for b in groups[i].menu if b >= bits)
+                if not menu:
+                    raise ValueError(
+                        f"{groups[i].name}: menu must hold a width of at least {bits} bits, "
+                        f"got {groups[i].menu}"
+                    )
+                groups[i] = replace(groups[i], menu=menu)
+        return Space(tuple(groups))
+
+    def tied(self, ties: Sequence[Sequence[str]], kind: Kind = "weights") -> "Space":
+        """Let groups share one bit-width; a channel shares its with that channel of the others.
+
+        Args:
+            ties: Sets of layer names or globs. Sets that meet are one.
+            kind: Whether they name weights or activations.
+
+        Raises:
+            ValueError: If a glob matches no group, tied layers have no bit-width in common, or a
+                tie of one group ties nothing.
+        """
+        groups = list(self.groups)
+        for patterns in ties:
+            members = sorted({i for pattern in patterns for i in self._named(pattern, kind)})
+            owners = sorted({groups[i].owner for i in members})
+            if len(owners) < 2:
+                raise ValueError(
+                    f"tie {list(patterns)} must join two layers or more, got {', '.join(owners)}"
+                )
+            met = {groups[i].tie for i in members if groups[i].tie is not None}
+            for i, group in enumerate(groups):
+                if i in members or group.tie in met:
+                    channel = group.name[2 + len(group.owner) :]
+                    groups[i] = replace(group, tie=f"{owners[0]}{channel}")
+        return Space(tuple(groups))
+
+    def _named(self, pattern: str, kind: Kind) -> list[int]:
+        """Return the indices of the groups that a glob means."""
+        mine = [i for i, group in enumerate(self.groups) if group.name[:2] == PREFIX[kind]]
+        hits = [i for i in mine if self.groups[i].matches(pattern)]
+        if not hits and mine and pattern in {"first", "last"}:
+            owner = self.groups[mine[0 if pattern == "first" else -1]].owner
+            hits = [i for i in mine if self.groups[i].owner == owner]
+        if not hits:
+            owners = list(dict.fromkeys(self.groups[i].owner for i in mine))
+            near = get_close_matches(pattern, owners, 3, 0.5) or owners[:5]
+            raise ValueError(
+                f"{pattern!r} must match a layer of the {kind}, got none; there are "
+                f"{', '.join(near) or 'none'}{', …' if len(owners) > len(near) else ''}"
+            )
+        return hits
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return plain data, a list of one object a group."""
@@ -179,49 +280,6 @@ def sharing_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
             weight = module.get_parameter("parametrizations.weight.original")
         layers.setdefault(first.setdefault(id(weight), name), []).append(module)
     return layers
-
-
-def weight_space(model: nn.Module, inputs: Tensor, menu: Sequence[int]) -> Space:
-    """Make the space of all layers' weights, one group a layer.
-
-    Args:
-        model: The network; it is run once, in eval mode.
-        inputs: What the network takes, shape (N, …); only the first example is used.
-        menu: Bit-widths that every layer may receive.
-
-    Raises:
-        ValueError: If the network has no quantizable layer.
-    """
-    layers = sharing_layers(model)
-    if not layers:
-        kinds = sorted({type(m).__name__ for m in model.modules()})
-        raise ValueError(
-            "the network must hold a convolution or a linear layer to quantize, "
-            f"got only {', '.join(kinds)}"
-        )
-    macs = dict.fromkeys(layers, 0)
-    names = {id(layer): name for name, sharers in layers.items() for layer in sharers}
-
-    def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        positions = output.numel() // weight.shape[0]
-        macs[names[id(module)]] += weight.numel() * positions
-
-    handles = [
-        layer.register_forward_hook(count) for sharers in layers.values() for layer in sharers
-    ]
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(inputs[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups = []
-    for name, (layer, *_) in layers.items():
-        assert isinstance(layer.weight, Tensor)
-        groups.append(Group(f"w:{name}", layer.weight.numel(), macs[name], tuple(sorted(menu))))
-    return Space(tuple(groups))
 
 
 @contextmanager

@@ -12,22 +12,33 @@ from pydantic import BaseModel, ConfigDict, Field
 from hawq.curvature import EstimatorName
 
 __all__ = [
+    "Agreement",
     "BlockEigenvalue",
     "BudgetLimit",
+    "BudgetStability",
+    "CalibrationArtefact",
     "Candidate",
+    "CandidateIncrease",
     "CandidatesArtefact",
+    "CostSources",
     "CurvatureArtefact",
     "Difference",
     "EigenvalueDocument",
     "EpochRecord",
     "FrontPoints",
+    "GroupIncrease",
+    "GroupTables",
+    "Interactions",
+    "LayerLatency",
     "LossSurface",
     "ModelArtefact",
+    "OperationEntry",
     "Score",
     "StageCost",
     "Summary",
     "TablesArtefact",
     "TestArtefact",
+    "TraceArtefact",
     "TraceDocument",
     "TraceGroup",
     "Trial",
@@ -56,12 +67,12 @@ class ModelArtefact(_Artefact):
     search_score: float = Field(description="Unquantized, on the search split, in [0, 1].")
 
 
-class CurvatureArtefact(_Artefact):
-    """Hessian traces of every layer's weight, with both of their standard errors."""
+class TraceArtefact(_Artefact):
+    """Hessian traces of some tensors, with both of their standard errors."""
 
     estimator: EstimatorName
     reason: str = Field(description="Why this estimator.")
-    layers: list[str]
+    layers: list[str] = Field(description="Names of the layers, or of the activation tensors.")
     num_elements: list[int]
     trace: list[float] = Field(description="Of the mean loss's Hessian block.")
     probe_error: list[float] = Field(description="Standard error over the random probes.")
@@ -69,6 +80,12 @@ class CurvatureArtefact(_Artefact):
     share_error: list[float] = Field(
         description="Standard error of trace / Σ trace, over probes and examples: what an "
         "allocation depends on."
+    )
+    channel_trace: list[list[float]] | None = Field(
+        None, description="Of each tensor's channels, where they were asked for."
+    )
+    channel_error: list[list[float]] | None = Field(
+        None, description="Their standard errors, over probes and examples."
     )
     num_probes: int = Field(description="On every example; 0 for the exact estimator.")
     num_examples: int
@@ -78,6 +95,12 @@ class CurvatureArtefact(_Artefact):
     rtol: float
     converged: bool = Field(description="Whether every probe error is at most rtol of its trace.")
     num_negative: int = Field(description="Negative traces; they count as zero in Ω.")
+
+
+class CurvatureArtefact(TraceArtefact):
+    """Hessian traces of every layer's weight and, where they are searched, of activations."""
+
+    activations: TraceArtefact | None = None
 
 
 class TraceGroup(_Artefact):
@@ -146,6 +169,7 @@ class EigenvalueDocument(_Artefact):
 
     schema_version: Literal[1] = 1
     name: str
+    weights_sha256: str = Field(description="Of the network, as a run's model has it.")
     seed: int
     num_examples: int
     pool_size: int
@@ -161,30 +185,76 @@ class EigenvalueDocument(_Artefact):
     surfaces: list[LossSurface] = Field(description="Of the blocks of largest and smallest λ.")
 
 
-class TablesArtefact(_Artefact):
-    """Sensitivity Ω and size of every layer at every bit-width."""
+class GroupTables(_Artefact):
+    """Sensitivity Ω of every group at every bit-width, and what it came from."""
 
     space: list[dict[str, Any]] = Field(description="The groups: name, elements, MACs, menu, tie.")
     space_fingerprint: str
     widths: list[int]
     sensitivity: list[list[float | None]] = Field(description="Ω; null where not allowed.")
-    squared_error: list[list[float]] = Field(description="‖Q(W) − W‖².")
-    weight_bits: list[list[int]]
+    squared_error: list[list[float]] = Field(
+        description="‖Q(W) − W‖², and of activations the mean over examples of ‖Q(a) − a‖²."
+    )
+    trace: list[float]
+    trace_error: list[float] = Field(description="Standard error over probes and examples.")
+    num_scales: list[int] = Field(description="Scales that a quantized group stores.")
+
+
+class OperationEntry(_Artefact):
+    """One call of a layer."""
+
+    weight: str = Field(description="Group of the weight.")
+    activation: str | int = Field(description="Group of what it reads, or its bits where fixed.")
+    macs: int = Field(description="Multiply-accumulates for one example.")
+
+
+class LayerLatency(_Artefact):
+    """One layer's time at one precision."""
+
+    layer: str
+    weight_bits: int
+    activation_bits: int | None = Field(description="null: whatever they are.")
+    ns: int
+
+
+class CostSources(_Artefact):
+    """All that the costs of an allocation are made of, besides the groups' elements."""
+
+    operations: list[OperationEntry] = Field(description="None where activations are not quantized")
+    alive: list[list[str]] = Field(
+        description="Activation groups in memory together, call by call."
+    )
+    latency_ns: list[LayerLatency] | None = Field(None, description="From the latency table.")
+
+
+class TablesArtefact(GroupTables, CostSources):
+    """The tables of all layers and activation tensors, and of their channels."""
+
+    channels: GroupTables | None = Field(None, description="Where a method needs them.")
 
 
 class BudgetLimit(_Artefact):
-    """A budget of the config, converted to bits."""
+    """A budget of the config, converted to whole units."""
 
     label: str
-    limit_bits: int
+    limits: dict[str, int] = Field(description="By cost: weight_bits, activation_bits, bops, …")
+
+    @property
+    def weight_bits(self) -> int | None:
+        """The size that all weights may have, where it is limited."""
+        return self.limits.get("weight_bits")
 
 
 class FrontPoints(_Artefact):
     """The undominated points that one method can offer."""
 
     method: str
-    weight_bits: list[int]
+    of: Literal["weights", "activations"] = "weights"
+    bits: list[int] = Field(description="Of all weights, or of one example's activations.")
     sensitivity: list[float]
+    is_hull: bool = Field(
+        False, description="Whether these are only points of the lower convex hull, thinned."
+    )
 
 
 class Candidate(_Artefact):
@@ -192,14 +262,36 @@ class Candidate(_Artefact):
 
     method: str
     budget: str = Field(description="The label of the budget.")
+    granularity: Literal["layer", "channel"] = "layer"
     digest: str = Field(description="Of the allocation: equal choices are trained once.")
     bits: dict[str, int] = Field(description="Group name to bits, in the space's order.")
-    weight_bits: int
-    average_bits: float
-    compression: float
+    costs: dict[str, int] = Field(
+        description="By name: weight_bits (weights alone, as the papers count), stored_bits (with "
+        "scales and channels' widths), activation_bits, peak_activation_bits, bops, latency_ns."
+    )
+    average_bits: float = Field(description="Bits a weight.")
+    compression: float = Field(description="Times smaller than 32-bit floats, weights alone.")
+    activation_average_bits: float | None = Field(description="null: activations are not searched.")
+    activation_compression: float | None
     sensitivity: float = Field(description="Ω of the whole allocation.")
+    activation_sensitivity: float | None = Field(
+        None, description="The activations' part of it; null: they are not searched."
+    )
+    bound: float | None = Field(
+        description="No allocation within the budget has a smaller Ω; null: not proved."
+    )
     evaluations: int = Field(description="Allocations that the method scored to find this one.")
     seconds: float
+
+    @property
+    def weight_bits(self) -> int:
+        """Size of all weights, as the papers count it."""
+        return self.costs["weight_bits"]
+
+    @property
+    def weight_sensitivity(self) -> float:
+        """The weights' part of Ω."""
+        return self.sensitivity - (self.activation_sensitivity or 0.0)
 
 
 class CandidatesArtefact(_Artefact):
@@ -208,6 +300,108 @@ class CandidatesArtefact(_Artefact):
     budgets: list[BudgetLimit]
     fronts: list[FrontPoints]
     candidates: list[Candidate]
+
+
+class GroupIncrease(_Artefact):
+    """What it costs the loss to quantize one group and nothing else, before any training."""
+
+    group: str
+    bits: int
+    predicted: float = Field(description="Ω/2.")
+    increase: float = Field(description="Mean quantized minus unquantized loss, same images.")
+    standard_error: float = Field(description="Of it, over the images, paired.")
+    is_spread: bool = Field(
+        description="Whether it is one of those spread evenly over the space, which agreement is "
+        "measured on; the others are single choices of candidates."
+    )
+
+
+class Agreement(_Artefact):
+    """How well predicted and measured increases of single choices agree."""
+
+    num_choices: int
+    correlation: float | None = Field(
+        description="Spearman's rank correlation; null: fewer than three different choices."
+    )
+    correlation_error: float | None = Field(description="Its standard error over the images.")
+    ratio: float | None = Field(
+        description="Measured over predicted in the median; null: nothing is predicted."
+    )
+    ratio_error: float | None = Field(description="Its standard error over the images.")
+
+
+class CandidateIncrease(_Artefact):
+    """What it costs the loss to quantize all that a candidate chose, before any training."""
+
+    digest: str
+    predicted: float = Field(description="Ω/2 of the whole allocation.")
+    increase: float = Field(description="Mean quantized minus unquantized loss, same images.")
+    standard_error: float = Field(description="Of it, over the images, paired.")
+    sum_of_singles: float | None = Field(
+        description="Of its groups' own increases; null: not all of them were measured."
+    )
+    sum_error: float | None = Field(description="Its standard error over the images.")
+
+
+class Interactions(_Artefact):
+    """How far the increases of two groups together are from the sum of their own."""
+
+    groups: list[str]
+    bits: list[int]
+    increase: list[float] = Field(description="Of each group by itself.")
+    standard_error: list[float]
+    interaction: list[list[float]] = Field(
+        description="ΔL(i,j) − ΔL(i) − ΔL(j), symmetric; zero on the diagonal."
+    )
+    interaction_error: list[list[float]] = Field(
+        description="Its standard error over the images, paired."
+    )
+    relative: list[list[float | None]] = Field(
+        description="Over ΔL(i) + ΔL(j); null on the diagonal, and where that sum is not above two "
+        "standard errors."
+    )
+
+
+class BudgetStability(_Artefact):
+    """What becomes of a budget's allocation when traces are drawn within their errors."""
+
+    budget: str
+    method: str
+    digest: str = Field(description="Of the allocation for the traces as estimated.")
+    kept: float = Field(description="Share of the groups whose bits stay, mean over the draws.")
+    kept_error: float = Field(description="Its standard error over the draws.")
+    groups: list[str]
+    chosen_bits: list[int]
+    least_bits: list[int] = Field(description="Fewest in a draw, group by group.")
+    median_bits: list[int]
+    most_bits: list[int]
+    regret: float | None = Field(
+        description="Ω of a draw's allocation over the chosen one's, minus 1, with the traces as "
+        "estimated; mean over the draws. null: the chosen one's Ω is zero."
+    )
+    regret_error: float | None = Field(description="Its standard error over the draws.")
+    regret_95: float | None = Field(description="The 95 % quantile over the draws.")
+
+
+class CalibrationArtefact(_Artefact):
+    """How far Ω can be trusted: against the measured loss, and against its own errors."""
+
+    num_examples: int = Field(description="Training images that losses are measured on.")
+    loss: float = Field(description="Unquantized, their mean.")
+    standard_error: float
+    choices: list[GroupIncrease]
+    all_choices: Agreement
+    clear_choices: Agreement = Field(
+        description="Of those with a measured increase above two standard errors."
+    )
+    candidates: list[CandidateIncrease] = Field(description="Each distinct allocation once.")
+    num_overflows: int = Field(description="Choices and candidates left out: loss not finite.")
+    interactions: Interactions | None = Field(
+        description="At the bits of the first budget's exact candidate, or else of its first; "
+        "null: too many groups, or an overflow."
+    )
+    num_draws: int = Field(description="Of the traces.")
+    stability: list[BudgetStability]
 
 
 class EpochRecord(_Artefact):
@@ -302,6 +496,9 @@ class Summary(_Artefact):
     curvature: CurvatureArtefact
     tables: TablesArtefact
     candidates: CandidatesArtefact
+    calibration: CalibrationArtefact | None = Field(
+        None, description="null: a run of an earlier version."
+    )
     trials: TrialsArtefact
     test: TestArtefact
     stages: list[StageCost]

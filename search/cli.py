@@ -137,7 +137,11 @@ def trace(
         extra.append(f"curvature.probes_per_unit={max(2, max_probes)}")
     loaded = load_config(config, [*(overrides or []), *extra])
     from search.folder import write_atomically  # noqa: PLC0415
-    from search.report import render_eigenvalues, render_traces  # noqa: PLC0415
+    from search.report import (  # noqa: PLC0415
+        render_eigenvalues,
+        render_traces,
+        rewrite_report,
+    )
     from search.terminal import LiveView, eigenvalue_table, trace_table  # noqa: PLC0415
     from search.trace_documents import trace_blocks, trace_network  # noqa: PLC0415
 
@@ -173,6 +177,8 @@ def trace(
     write_atomically(path.with_suffix(".html"), page)
     _out.print(table)
     _out.print(Text(f"{path} and {path.with_suffix('.html').name}"), soft_wrap=True)
+    if path == run_folder / "eigenvalues.json" and (report := rewrite_report(run_folder)):
+        _out.print(Text(f"Report: {report}"), soft_wrap=True)
 
 
 def _groups(blocks: list[str] | None) -> dict[str, list[str]] | None:
@@ -185,6 +191,92 @@ def _groups(blocks: list[str] | None) -> dict[str, list[str]] | None:
             raise InputError(f"--blocks: must be NAME=GLOB[,GLOB], got {block!r}")
         groups[name] = globs.split(",")
     return groups
+
+
+@app.command()
+def profile(
+    config: ConfigPath,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file [default: runs/NAME_OF_CONFIG/latency.json]")
+    ] = None,
+    overrides: Overrides = None,
+    batch: Annotated[int, typer.Option(help="Examples that go through at once")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of a measured layer")] = 1,
+    seconds: Annotated[float, typer.Option(help="To measure each shape of a layer's call")] = 0.3,
+    peak: Annotated[
+        list[str] | None,
+        typer.Option(help="BITS=TOPS of a machine, for a roofline [default: measure here]"),
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="The machine's memory bandwidth in GB/s, for a roofline")
+    ] = None,
+) -> None:
+    """Price every layer at every width: measured here, or by a machine's peak rates."""
+    from search.profile_command import latency_view  # noqa: PLC0415
+    from search.profile_command import profile as profile_network  # noqa: PLC0415
+    from search.terminal import LiveView  # noqa: PLC0415
+
+    path = out or Path("runs") / config.stem / "latency.json"
+    with LiveView(_out) as view:
+        table = profile_network(
+            config,
+            overrides or [],
+            path,
+            peaks=peak or [],
+            bandwidth=bandwidth,
+            batch_size=batch,
+            threads=threads,
+            seconds=seconds,
+            listeners=[view],
+        )
+    _out.print(latency_view(table))
+    _out.print(Text(str(path)), soft_wrap=True)
+
+
+@app.command()
+def allocate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that came past its tables")],
+    budget: Annotated[
+        list[str],
+        typer.Option(help="KEY=VALUE, such as weight_mib=0.08; several are one budget together"),
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="exact, monotone (HAWQ-V2), uniform or channel")
+    ] = None,
+    granularity: Annotated[
+        Literal["layer", "channel"] | None, typer.Option(help="What receives bits of its own")
+    ] = None,
+    max_widths: Annotated[
+        int | None, typer.Option(min=1, help="Different widths that a layer's channels may have")
+    ] = None,
+    multiple: Annotated[
+        int, typer.Option(min=1, help="Channels of one width come in multiples of this")
+    ] = 1,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="GLOB=BITS, such as conv1=8 or a:conv1=8")
+    ] = None,
+    tie: Annotated[list[str] | None, typer.Option(help="GLOB,GLOB: these share their bits")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the allocation")] = None,
+) -> None:
+    """Choose bits for another budget from a run's tables: no probes, no training."""
+    from search.allocate_command import allocate as solve  # noqa: PLC0415
+    from search.allocate_command import allocation_view  # noqa: PLC0415
+    from search.folder import write_atomically  # noqa: PLC0415
+    from search.searchers import Rules  # noqa: PLC0415
+
+    found, tables = solve(
+        run,
+        budget,
+        method=method,
+        granularity=granularity,
+        rules=Rules(max_widths, multiple),
+        pins=pin or [],
+        ties=tie or [],
+    )
+    _out.print(allocation_view(found, tables))
+    if out is not None:
+        write_atomically(out, found.model_dump_json(indent=1))
+        _out.print(Text(str(out)), soft_wrap=True)
 
 
 @app.command()

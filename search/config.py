@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from hawq.cost import FLOAT_BITS, average_bits, compression, mib
+from hawq.cost import FLOAT_BITS, average_bits, compression, num_elements
 from hawq.curvature import EstimatorName, StopRule
 from hawq.finetune import Recipe
-from hawq.space import Space
+from hawq.space import Kind, Space
 from search.searchers import SEARCHERS
 
 __all__ = ["Budget", "RecipeConfig", "SearchConfig", "TaskConfig", "TrialsConfig", "suggestion"]
@@ -128,58 +128,198 @@ class CurvatureConfig(_Section):
         return self
 
 
-class WeightsConfig(_Section):
-    """What each layer's weight may receive."""
+class _Rules(_Section):
+    """What single layers, or tensors, may receive; names are globs."""
 
-    bits: Annotated[list[Bits], Field(min_length=1)] = Field([1, 2, 3, 4, 5, 6, 7, 8])
-    pin: dict[str, Bits] = Field({}, description="Layer name or glob to fixed bits.")
+    pin: dict[str, Bits] = Field({}, description="Name or glob to fixed bits.")
+    menus: dict[str, Annotated[list[Bits], Field(min_length=1)]] = Field(
+        {}, description="Name or glob to the bit-widths it may receive, instead of bits."
+    )
+    min_bits: dict[str, Bits] = Field(
+        {}, description="Name or glob to its least bits; first and last mean those layers."
+    )
+    tie: list[Annotated[list[str], Field(min_length=1)]] = Field(
+        [], description="Lists of names or globs: what a list matches shares its bits."
+    )
+
+    def apply(self, space: Space, kind: Kind) -> Space:
+        """Restrict a space.
+
+        Raises:
+            ValueError: If a glob matches nothing, or the rules contradict each other.
+        """
+        space = space.restricted(self.menus, kind).at_least(self.min_bits, kind)
+        return space.pinned(self.pin, kind).tied(self.tie, kind)
 
 
-class ActivationsConfig(_Section):
-    """Every quantized layer's input."""
+class WeightsConfig(_Rules):
+    """What each layer's weight, or each of its output channels, may receive."""
 
-    bits: Bits | None = Field(4, description="null leaves activations in floating point.")
-    input_bits: Bits = Field(8, description="Where the input is the network's own.")
+    bits: Annotated[list[Annotated[int, Field(ge=0, le=8)]], Field(min_length=1)] = Field(
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        description="0, a pruned channel, is for the method channel alone.",
+    )
+    tie_sums: bool = Field(
+        False, description="Layers whose outputs are added to each other share their bits."
+    )
+
+
+class ActivationsConfig(_Rules):
+    """What each quantized layer reads: a tensor that several read is one."""
+
+    bits: Bits | None = Field(
+        4, description="Of all, where no budget limits activations; null: floating point."
+    )
+    input_bits: Bits = Field(8, description="Of the network's own input.")
+    menu: Annotated[list[Bits], Field(min_length=1)] = Field(
+        [2, 3, 4, 5, 6, 7, 8],
+        description="What each may receive, where a budget limits activations.",
+    )
+
+
+class ChannelsConfig(_Section):
+    """What the method channel's allocations must follow."""
+
+    max_widths: Positive | None = Field(None, description="Different widths a layer may use.")
+    multiple: Positive = Field(
+        1, description="Channels of one width come in multiples of this: 8, 16, 32."
+    )
 
 
 class Budget(_Section):
-    """The size of all weights together; exactly one key."""
+    """What an allocation may cost: any of these together, sizes once each."""
 
-    weight_mib: float | None = Field(None, gt=0, description="MiB (2^20 bytes).")
-    compression: float | None = Field(None, gt=0, description="Times smaller than 32-bit floats.")
+    weight_mib: float | None = Field(None, gt=0, description="All weights, in MiB (2^20 bytes).")
+    compression: float | None = Field(
+        None, gt=0, description="Weights: times smaller than 32-bit floats."
+    )
     average_bits: float | None = Field(None, gt=0, description="Bits a weight.")
+    activation_mib: float | None = Field(
+        None, gt=0, description="All activations of one example, in MiB."
+    )
+    activation_compression: float | None = Field(
+        None, gt=0, description="Activations: times smaller than 32-bit floats."
+    )
+    activation_average_bits: float | None = Field(None, gt=0, description="Bits an activation.")
+    peak_activation_mib: float | None = Field(
+        None, gt=0, description="Activations of one example in memory at once, in MiB."
+    )
+    gbops: float | None = Field(
+        None, gt=0, description="10^9 bit operations an example: MACs x weight x activation bits."
+    )
+    latency_ms: float | None = Field(
+        None, gt=0, description="Milliseconds an example, by the table under latency."
+    )
 
     @model_validator(mode="after")
-    def _one(self) -> "Budget":
-        if len(self.model_dump(exclude_none=True)) != 1:
-            raise ValueError("give exactly one of weight_mib, compression, average_bits")
+    def _consistent(self) -> "Budget":
+        given = self.model_dump(exclude_none=True)
+        if not given:
+            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
+        for same in (_WEIGHT_SIZES, _ACTIVATION_SIZES):
+            found = [key for key in same if key in given]
+            if len(found) > 1:
+                raise ValueError(f"give one of {', '.join(same)}, got {' and '.join(found)}")
         return self
+
+    @property
+    def limits_activations(self) -> bool:
+        """Whether activations are chosen, too, for it."""
+        return bool(_JOINT & set(self.model_dump(exclude_none=True)))
 
     @property
     def label(self) -> str:
         """The budget in words."""
-        if self.weight_mib is not None:
-            return f"{self.weight_mib:g} MiB"
-        if self.compression is not None:
-            return f"{self.compression:g}×"
-        return f"{self.average_bits:g} bits"
+        given = self.model_dump(exclude_none=True)
+        return ", ".join(_LABELS[key].format(value) for key, value in given.items())
 
-    def with_size(self, space: Space, bits: int) -> str:
-        """Say in this budget's own unit what ``bits`` would be."""
-        if self.weight_mib is not None:
-            return f"{mib(bits):.4g} MiB"
-        if self.compression is not None:
-            return f"{compression(space, bits):.4g}×"
-        return f"{average_bits(space, bits):.4g} bits"
+    def limits(self, space: Space) -> dict[str, int]:
+        """Convert to whole units, by the names of costs.
 
-    def limit_bits(self, space: Space) -> int:
-        """Convert to whole bits for a space."""
-        if self.weight_mib is not None:
-            return int(self.weight_mib * (8 << 20))
-        if self.compression is not None:
-            return int(FLOAT_BITS * space.num_elements / self.compression)
-        assert self.average_bits is not None
-        return int(self.average_bits * space.num_elements)
+        Args:
+            space: Of layers or of channels, with activations where they are limited.
+        """
+        num_weights = num_elements(space, "weights")
+        num_activations = num_elements(space, "activations")
+        found: dict[str, float] = {}
+        for key, value in self.model_dump(exclude_none=True).items():
+            match key:
+                case "weight_mib":
+                    found["weight_bits"] = value * (8 << 20)
+                case "compression":
+                    found["weight_bits"] = FLOAT_BITS * num_weights / value
+                case "average_bits":
+                    found["weight_bits"] = value * num_weights
+                case "activation_mib":
+                    found["activation_bits"] = value * (8 << 20)
+                case "activation_compression":
+                    found["activation_bits"] = FLOAT_BITS * num_activations / value
+                case "activation_average_bits":
+                    found["activation_bits"] = value * num_activations
+                case "peak_activation_mib":
+                    found["peak_activation_bits"] = value * (8 << 20)
+                case "gbops":
+                    found["bops"] = value * 1e9
+                case "latency_ms":
+                    found["latency_ns"] = value * 1e6
+        # 2.44 × 10⁵ is a hair below 244,000: a budget of a whole number of bits is that number.
+        return {name: int(limit * (1 + 1e-12)) for name, limit in found.items()}
+
+    def in_own_unit(self, space: Space, name: str, cost: int) -> str:
+        """Say in this budget's own unit what a cost would be."""
+        key = next(key for key in self.model_dump(exclude_none=True) if _COST_OF[key] == name)
+        kind: Kind = "weights" if name == "weight_bits" else "activations"
+        if key.endswith("compression"):
+            return f"{compression(space, cost, kind):.4g}×"
+        if key.endswith("average_bits"):
+            return f"{average_bits(space, cost, kind):.4g} bits"
+        unit = {"gbops": 1e9, "latency_ms": 1e6}.get(key, 8 << 20)
+        return f"{cost / unit:.4g} {_UNITS[key]}"
+
+
+_WEIGHT_SIZES = ("weight_mib", "compression", "average_bits")
+_ACTIVATION_SIZES = ("activation_mib", "activation_compression", "activation_average_bits")
+_JOINT = {*_ACTIVATION_SIZES, "peak_activation_mib", "gbops"}
+_COST_OF = {
+    **dict.fromkeys(_WEIGHT_SIZES, "weight_bits"),
+    **dict.fromkeys(_ACTIVATION_SIZES, "activation_bits"),
+    "peak_activation_mib": "peak_activation_bits",
+    "gbops": "bops",
+    "latency_ms": "latency_ns",
+}
+_UNITS = {
+    "weight_mib": "MiB",
+    "activation_mib": "MiB",
+    "peak_activation_mib": "MiB",
+    "gbops": "GBOPs",
+    "latency_ms": "ms",
+}
+_LABELS = {
+    "weight_mib": "{:g} MiB",
+    "compression": "{:g}×",
+    "average_bits": "{:g} bits",
+    "activation_mib": "activations {:g} MiB",
+    "activation_compression": "activations {:g}×",
+    "activation_average_bits": "activations {:g} bits",
+    "peak_activation_mib": "activations' peak {:g} MiB",
+    "gbops": "{:g} GBOPs",
+    "latency_ms": "{:g} ms",
+}
+
+
+class CalibrationConfig(_Section):
+    """How far Ω can be trusted: predicted against measured loss, and allocations' stability."""
+
+    examples: int = Field(512, ge=2, description="Training images to measure losses on.")
+    choices: Positive = Field(
+        120,
+        description="Single choices (one group at some bits) to measure, spread over the space, at "
+        "most; and at most as many again that candidates are made of.",
+    )
+    draws: int = Field(100, ge=2, description="Draws of the traces within their errors.")
+    interactions: int = Field(
+        12, ge=0, description="Measure pairs of groups where there are at most so many groups."
+    )
 
 
 class TrialsConfig(_Section):
@@ -215,8 +355,11 @@ class SearchConfig(_Section):
     curvature: CurvatureConfig = CurvatureConfig()
     weights: WeightsConfig = WeightsConfig()
     activations: ActivationsConfig = ActivationsConfig()
+    channels: ChannelsConfig = ChannelsConfig()
+    latency: str | None = Field(None, description="Latency table; make one with hawq profile.")
     budgets: Annotated[list[Budget], Field(min_length=1)]
-    methods: Annotated[list[str], Field(min_length=1)] = list(SEARCHERS)
+    methods: Annotated[list[str], Field(min_length=1)] = ["uniform", "hawq-v2", "exact"]
+    calibration: CalibrationConfig = CalibrationConfig()
     finetune: RecipeConfig = RecipeConfig()
     trials: TrialsConfig = TrialsConfig()
     workers: WorkersConfig = WorkersConfig()
@@ -231,6 +374,54 @@ class SearchConfig(_Section):
                     f"known are {', '.join(SEARCHERS)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _budgets_that_can_be_met(self) -> "SearchConfig":
+        joint = [budget.limits_activations for budget in self.budgets]
+        if any(joint) and not all(joint):
+            raise ValueError(
+                f"budgets.{joint.index(False)}: must limit activations too, since another budget "
+                f"does: give one of {', '.join(sorted(_JOINT))}, or search twice"
+            )
+        labels = [budget.label for budget in self.budgets]
+        for index, label in enumerate(labels):
+            if label in labels[:index]:
+                raise ValueError(f"budgets.{index}: must differ from the others, got {label} again")
+        for index, budget in enumerate(self.budgets):
+            if budget.latency_ms is not None and self.latency is None:
+                raise ValueError(
+                    f"budgets.{index}: latency_ms needs a latency table, got none under latency: "
+                    "make one with hawq profile"
+                )
+        if not any(self.weights.bits):
+            raise ValueError(f"weights.bits: must hold a width above 0, got {self.weights.bits}")
+        if 0 in self.weights.bits and not self.by_channel:
+            raise ValueError(
+                "weights.bits: 0 is for channels, and no method gives them bits: add channel to "
+                "methods, or leave 0 out"
+            )
+        return self._channels_within()
+
+    def _channels_within(self) -> "SearchConfig":
+        for index, budget in enumerate(self.budgets if self.by_channel else ()):
+            given = set(budget.model_dump(exclude_none=True))
+            odd = sorted(given - {*_WEIGHT_SIZES, *_ACTIVATION_SIZES})
+            if odd:
+                raise ValueError(
+                    f"budgets.{index}: {odd[0]} does not add up over channels: leave channel out "
+                    f"of methods, or limit {', '.join([*_WEIGHT_SIZES, *_ACTIVATION_SIZES])}"
+                )
+        return self
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether some method gives channels bits of their own."""
+        return any(SEARCHERS[method].by_channel for method in self.methods)
+
+    @property
+    def searches_activations(self) -> bool:
+        """Whether activations are chosen with the weights."""
+        return any(budget.limits_activations for budget in self.budgets)
 
 
 def suggestion(key: str, known: Mapping[str, object]) -> str:

@@ -17,7 +17,7 @@ from search.config import SearchConfig, suggestion
 from search.errors import InputError
 from search.searchers import SEARCHERS
 
-__all__ = ["load_config", "template"]
+__all__ = ["load_config", "mistakes", "template"]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -43,7 +43,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     try:
         return SearchConfig.model_validate(_expanded(raw, str(path)))
     except ValidationError as error:
-        raise InputError("\n".join(f"{path}: {line}" for line in _lines(error))) from error
+        raise InputError(
+            "\n".join(f"{path}: {line}" for line in mistakes(error, SearchConfig))
+        ) from error
 
 
 def template() -> str:
@@ -60,13 +62,23 @@ def template() -> str:
         "    epochs: 15\n"
         "    batch_size: 32\n"
         "    lr: 0.1\n\n"
-        "budgets:  # each with exactly one of weight_mib, compression, average_bits\n"
+        "budgets:  # each with one limit or several: weight_mib, compression, average_bits, …\n"
         "  - average_bits: 3\n"
         "  - compression: 16\n\n"
-        f"methods: [{', '.join(SEARCHERS)}]\n"
+        f"methods: [uniform, hawq-v2, exact]  # of {', '.join(SEARCHERS)}\n"
     )
     sections = []
-    for name in ("task", "curvature", "weights", "activations", "finetune", "trials", "workers"):
+    for name in (
+        "task",
+        "curvature",
+        "weights",
+        "activations",
+        "channels",
+        "calibration",
+        "finetune",
+        "trials",
+        "workers",
+    ):
         model = SearchConfig.model_fields[name].annotation
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
@@ -126,14 +138,19 @@ def _expanded(value: Any, where: str) -> Any:
     return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<fallback>[^}]*))?\}", variable, value)
 
 
-def _lines(error: ValidationError) -> list[str]:
-    """Turn pydantic's errors into one line each: path, value, remedy."""
+def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Turn pydantic's errors into one line each: path, value, remedy.
+
+    Args:
+        error: What a model said.
+        model: The model.
+    """
     lines = []
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             *parents, key = problem["loc"]
-            known = _keys_at(SearchConfig, parents)
+            known = _keys_at(model, parents)
             lines.append(f"{path}: unknown key{suggestion(str(key), known)}")
         elif problem["type"] == "missing":
             lines.append(f"{path}: must be given, got nothing")

@@ -25,6 +25,7 @@ class Evaluation:
         seconds: What it took.
         status: Whether there is a score at all.
         reason: Why not; empty otherwise.
+        bound: Under the same budget no allocation has a smaller Ω; None where that is not known.
     """
 
     allocation: Allocation
@@ -34,6 +35,7 @@ class Evaluation:
     seconds: float = 0.0
     status: Literal["scored", "failed"] = "scored"
     reason: str = ""
+    bound: float | None = None
 
 
 Evaluate = Callable[[Allocation], Evaluation]

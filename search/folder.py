@@ -3,7 +3,7 @@
     config.yaml            the resolved config
     model.json             model.safetensors: the weights that are searched
     curvature.json         curvature.units.jsonl: partial sums, one line a finished unit
-    tables.json candidates.json trials.json test.json
+    tables.json candidates.json calibration.json trials.json test.json
     trials/DIGEST-HASH/    a fine-tuned allocation: checkpoint.pt, result.json, model.safetensors
     summary.json           everything above as data; report.html: the same to look at
     events.jsonl           what happened

@@ -1,13 +1,13 @@
 """The search from end to end: a list of stages, each skipped when its artefact is there.
 
-    model → curvature → tables → candidates → trials → test → report
+    model → curvature → tables → candidates → calibration → trials → test → report
 
 Read ``STAGES`` and ``run``, then any file of ``search/stages/`` alone.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,10 +19,14 @@ import torch
 import yaml
 from pydantic import BaseModel
 
+from hawq.allocation import Allocation
+from hawq.cost import Cost
 from hawq.curvature import NonFiniteTraceError
 from hawq.finetune import DivergedError
-from hawq.space import Space, weight_space
+from hawq.reads import Reads, network_space, read_network
+from hawq.space import Space
 from search.artefacts import (
+    CalibrationArtefact,
     CandidatesArtefact,
     CurvatureArtefact,
     ModelArtefact,
@@ -38,9 +42,10 @@ from search.errors import InputError
 from search.events import EventLog, Listener
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
-from search.report import render
-from search.stages import candidates, curvature, model, tables, test, trials
+from search.report import write_report
+from search.stages import calibration, candidates, curvature, model, tables, test, trials
 from search.stages.search import Search
+from search.tables import network_costs
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights
 
@@ -71,6 +76,7 @@ STAGES = (
     Stage("curvature", CurvatureArtefact, curvature.inputs, curvature.make, uses_ray=True),
     Stage("tables", TablesArtefact, tables.inputs, tables.make),
     Stage("candidates", CandidatesArtefact, candidates.inputs, candidates.make),
+    Stage("calibration", CalibrationArtefact, calibration.inputs, calibration.make, uses_ray=True),
     Stage("trials", TrialsArtefact, trials.inputs, trials.make, uses_ray=True),
     Stage("test", TestArtefact, test.inputs, test.make, uses_ray=True),
 )
@@ -185,30 +191,66 @@ def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Searc
         checkpoint = network.state_dict()
     example = task.inputs(task.batch("train", torch.arange(1)))
     try:
-        space = weight_space(network, example, config.weights.bits).pinned(config.weights.pin)
+        reads = read_network(network, example)
     except ValueError as error:
-        raise InputError(f"weights: {error}") from error
+        raise InputError(f"task: {error}") from error
+    space = _space(config, reads, by_channel=False)
+    channels = _space(config, reads, by_channel=True) if config.by_channel else None
     if task.size("train") <= config.curvature.batch_size:
         raise InputError(
             "curvature.batch_size: must be less than the training examples, "
             f"got {config.curvature.batch_size} and {task.size('train')}"
         )
+    search = Search(config, task, reads, space, channels, checkpoint, folder, events)
+    costs = network_costs(space, tables.sources(search), [0] * len(space))
     for index, budget in enumerate(config.budgets):
-        _refuse_infeasible(space, budget, f"budgets.{index}")
-    return Search(config, task, space, checkpoint, folder, events)
+        _refuse_infeasible(space, {cost.name: cost for cost in costs}, budget, f"budgets.{index}")
+    return search
 
 
-def _refuse_infeasible(space: Space, budget: Budget, path: str) -> None:
-    limit = budget.limit_bits(space)
-    sizes = [group.num_elements for group in space.groups]
-    least = sum(n * group.menu[0] for n, group in zip(sizes, space.groups, strict=True))
-    most = sum(n * group.menu[-1] for n, group in zip(sizes, space.groups, strict=True))
-    if not least <= limit <= most:
-        ends = (budget.with_size(space, bits) for bits in (least, most))
+def _space(config: SearchConfig, reads: Reads, *, by_channel: bool) -> Space:
+    """Return what may be chosen: menus, then the rules for weights and for activations."""
+    menu = config.activations.menu if config.searches_activations else None
+    space = network_space(reads, config.weights.bits, menu, by_channel=by_channel)
+    ties = [*config.weights.tie, *(reads.sums if config.weights.tie_sums else ())]
+    try:
+        weights = config.weights.model_copy(update={"tie": ties})
+        space = weights.apply(space, "weights")
+    except ValueError as error:
+        raise InputError(f"weights: {error}") from error
+    if menu is None:
+        return space
+    try:
+        own = {a.name: config.activations.input_bits for a in reads.activations if a.is_input}
+        return config.activations.apply(space.pinned(own, "activations"), "activations")
+    except ValueError as error:
+        raise InputError(f"activations: {error}") from error
+
+
+def _refuse_infeasible(space: Space, costs: Mapping[str, Cost], budget: Budget, path: str) -> None:
+    """Refuse a limit that no allocation is within, or that every one is."""
+    ends = [Allocation.of(space, _ends(space, end)) for end in (0, -1)]
+    for name, limit in budget.limits(space).items():
+        if name not in costs:
+            raise InputError(f"{path}: {name} is not known where no activation is quantized")
+        least, most = (costs[name].of(space, end) for end in ends)
+        # A latency table of one's own may favour more bits: then only a search can tell.
+        if least <= limit <= most or name == "latency_ns":
+            continue
+        within = " … ".join(budget.in_own_unit(space, name, cost) for cost in (least, most))
         raise InputError(
-            f"{path}: a budget must be within {' … '.join(ends)} (all layers at their least … at "
-            f"their most bits), got {budget.label}"
+            f"{path}: must be within {within} (all at their least … at their most bits), "
+            f"got {budget.in_own_unit(space, name, limit)}"
         )
+
+
+def _ends(space: Space, end: int) -> list[int]:
+    """Return the least or the most bits of every group, ties kept."""
+    bits = [0] * len(space)
+    for members in space.rows():
+        for i in members:
+            bits[i] = space.menu_of(members)[end]
+    return bits
 
 
 def _refuse_changes(search: Search, stages: Sequence[Stage]) -> None:
@@ -271,6 +313,6 @@ def _report(search: Search, name: str) -> Summary:
         if old == summary.model_dump(mode="json") | {"finished": old.get("finished")}:
             summary = Summary.model_validate(old)
     write_atomically(path, summary.model_dump_json(indent=1))
-    write_atomically(folder.path / "report.html", render(summary))
-    search.events.emit("report", "finished", str(folder.path / "report.html"))
+    report = write_report(folder.path, summary)
+    search.events.emit("report", "finished", str(report))
     return summary

@@ -19,7 +19,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from torch import Tensor
 
 from hawq.curvature import (
@@ -199,6 +199,7 @@ class WorkerPool:
         Raises:
             InputError: If a worker cannot build the task.
             RayActorError: If workers keep dying.
+            ObjectLostError: If their results keep being lost.
         """
         waiting = list(reversed(calls))
         flights: dict[ray.ObjectRef[Any], tuple[int, ActorHandle[ProbeWorker]]] = {}
@@ -223,7 +224,7 @@ class WorkerPool:
             key, worker = (-1, greeted.pop(ready)) if is_answer else flights.pop(ready)
             try:
                 answer = ray.get(ready)
-            except RayActorError as error:
+            except (RayActorError, ObjectLostError) as error:
                 if not is_answer:
                     waiting.append(key)
                 if worker in self._workers:
@@ -247,9 +248,10 @@ class WorkerPool:
         return cast("ActorHandle[ProbeWorker]", self._remote.remote(*self._arguments))
 
     def _replacement(
-        self, worker: ActorHandle[ProbeWorker], error: RayActorError
+        self, worker: ActorHandle[ProbeWorker], error: RayActorError | ObjectLostError
     ) -> ActorHandle[ProbeWorker]:
-        if error.actor_init_failed:
+        """Start another for a worker that is lost, or whose large result is, with its node."""
+        if isinstance(error, RayActorError) and error.actor_init_failed:
             reason = str(error).strip().splitlines()[-1]
             raise InputError(f"a worker must be able to build the task, got {reason}") from error
         self._lost += 1

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hawq.cost import FLOAT_BITS, mib
-from search.artefacts import EigenvalueDocument, Score, Summary, TraceDocument
+from search.artefacts import Candidate, EigenvalueDocument, Score, Summary, TraceDocument
 from search.events import Event
 
 __all__ = ["LiveView", "eigenvalue_table", "result_table", "trace_table"]
@@ -135,54 +135,69 @@ class _Rate(ProgressColumn):
 def result_table(summary: Summary) -> Table:
     """Lay out what a search found: a row for the unquantized network and one a candidate.
 
+    ``MiB`` is of the weights alone, as budgets count them, ``stored`` with their scales and widths.
     ``untrained`` is the score on the search split before fine-tuning, ``drop`` in points, on the
-    test split.
+    test split. Where activations were searched, their average bits and the bit operations are
+    shown in place of the compression.
     """
     model, test = summary.model, summary.test
+    candidates = summary.candidates.candidates
+    is_joint = any(row.activation_average_bits is not None for row in candidates)
     table = Table(
         title=f"{summary.name}: {model.score_name} on {test.num_examples} test examples",
         box=box.SIMPLE_HEAD,
+        collapse_padding=is_joint,
+        pad_edge=not is_joint,
     )
-    for heading in ("budget", "method"):
-        table.add_column(heading, no_wrap=True)
-    headings = ("MiB", "bits", "smaller", "Ω", "untrained %", f"{model.score_name} %", "drop")
-    for heading in headings:
+    table.add_column("\nbudget", no_wrap=not is_joint)
+    table.add_column("\nmethod", no_wrap=True)
+    sizes = ("act.\nbits", "\nGBOPs") if is_joint else ("\nsmaller",)
+    scores = ("untrained\n%", f"{model.score_name}\n%", "\ndrop")
+    for heading in ("\nMiB", "stored\nMiB", "\nbits", *sizes, "\nΩ", *scores):
         table.add_column(heading, justify="right", no_wrap=True)
-    size = mib(FLOAT_BITS * model.num_quantizable)
-    table.add_row(
-        "",
-        "fp32",
-        f"{size:.4g}",
-        "32",
-        "1×",
-        "",
-        "",
-        _percent(test.unquantized),
-        "",
-        end_section=True,
-    )
-    rows = summary.candidates.candidates
-    trials = {trial.digest: trial for trial in summary.trials.trials}
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        score, trial = test.scores.get(row.digest), trials[row.digest]
-        drop = (
-            f"{100 * score.drop:+.2f} ± {100 * score.drop_standard_error:.2f}".replace("+", "")
-            if score is not None
-            else ""
-        )
-        table.add_row(
-            row.budget,
-            row.method,
-            f"{mib(row.weight_bits):.4g}",
-            f"{row.average_bits:.3g}",
-            f"{row.compression:.4g}×",
-            f"{row.sensitivity:.3g}",
-            f"{100 * trial.epochs[0].search_score:.1f}" if trial.epochs else "",
-            _percent(score) if score is not None else trial.status,
-            drop,
-            end_section=following is None or following.budget != row.budget,
-        )
+    size = f"{mib(FLOAT_BITS * model.num_quantizable):.4g}"
+    full = [size, size, "32", *(("32", "") if is_joint else ("1×",)), "", ""]
+    table.add_row("", "fp32", *full, _percent(test.unquantized), "", end_section=True)
+    for budget in summary.candidates.budgets:
+        rows = [row for row in candidates if row.budget == budget.label]
+        labels = _spread(budget.label, len(rows)) if is_joint else [budget.label] * len(rows)
+        for i, (label, row) in enumerate(zip(labels, rows, strict=True), 1):
+            cells = [*_sizes(row, is_joint), *_scores(summary, row)]
+            table.add_row(label, row.method, *cells, end_section=i == len(rows))
     return table
+
+
+def _spread(label: str, num: int) -> list[str]:
+    """Write the parts of a long label one below the other, in the cells of that many rows."""
+    first, *rest = label.split(", ")
+    if not rest or num < 2:
+        return [label, *[""] * (num - 1)][:num]
+    return [f"{first},", *_spread(", ".join(rest), num - 1)]
+
+
+def _sizes(row: Candidate, is_joint: bool) -> list[str]:
+    stored, bops = row.costs.get("stored_bits"), row.costs.get("bops")
+    activations = [
+        "" if row.activation_average_bits is None else f"{row.activation_average_bits:.3g}",
+        "" if bops is None else f"{bops / 1e9:.3g}",
+    ]
+    return [
+        f"{mib(row.weight_bits):.4g}",
+        "" if stored is None else f"{mib(stored):.4g}",
+        f"{row.average_bits:.3g}",
+        *(activations if is_joint else [f"{row.compression:.4g}×"]),
+        f"{row.sensitivity:.3g}",
+    ]
+
+
+def _scores(summary: Summary, row: Candidate) -> list[str]:
+    score = summary.test.scores.get(row.digest)
+    trial = next(trial for trial in summary.trials.trials if trial.digest == row.digest)
+    untrained = f"{100 * trial.epochs[0].search_score:.1f}" if trial.epochs else ""
+    if score is None:
+        return [untrained, trial.status, ""]
+    drop = f"{100 * score.drop:+.2f} ± {100 * score.drop_standard_error:.2f}".replace("+", "")
+    return [untrained, _percent(score), drop]
 
 
 def trace_table(found: TraceDocument) -> Table:

@@ -141,11 +141,11 @@ def trace_blocks(
         NonFiniteTraceError: If a loss or a product is NaN or infinite.
     """
     with trained(config, out, listeners=listeners) as search:
-        blocks = _blocks(search, groups)
+        blocks, state = _blocks(search, groups), search.weights
         search.events.emit("trace", "started")
         result = eigenvalues_on_cluster(
             search.task,
-            search.weights,
+            state,
             blocks,
             settings=config.curvature,
             workers=config.workers,
@@ -154,10 +154,12 @@ def trace_blocks(
             note=lambda text: search.events.emit("trace", "note", text),
         )
         search.events.emit("trace", "finished", f"{result.seconds:.1f} s")
-        sizes = dict(zip(search.layers, (g.num_elements for g in search.space.groups), strict=True))
+        weights_sha256 = search.model.weights_sha256
+        sizes = {layer: state[f"{layer}.weight"].numel() for layer in search.layers}
     population = result.drawn.population
     return EigenvalueDocument(
         **_common(config, name),
+        weights_sha256=weights_sha256,
         num_examples=len(result.drawn.examples),
         pool_size=population.pool,
         population_size=population.size or population.pool,

@@ -9,7 +9,7 @@ for a trial and for the whole search alike.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from search.fit import fit, read_progress, saved_epochs
 from search.folder import write_atomically
 from search.tasks.checkpoint import save_state
 
-__all__ = ["TrialSpec", "quantized_model", "run_trial", "run_trials"]
+__all__ = ["TrialSpec", "calibration_inputs", "quantized_model", "run_trial", "run_trials"]
 
 _CALIBRATION_EXAMPLES = 1024
 _CALIBRATION_BATCH = 256
@@ -40,18 +40,15 @@ class TrialSpec:
 
     Attributes:
         digest: Of the allocation.
-        layer_bits: Layer name to bits of its weight.
-        activation_bits: Bits of every layer's input; None leaves it alone.
-        input_bits: Bits of the network's own input.
+        bits: Of every weight and activation that is quantized, by group: ``w:LAYER``,
+            ``a:LAYER#i``, or their channels.
         recipe: How to train; the same for all trials of a comparison.
         seed: Of the training; the same for all.
         folder: Where the checkpoint and the result are.
     """
 
     digest: str
-    layer_bits: Mapping[str, int]
-    activation_bits: int | None
-    input_bits: int
+    bits: Mapping[str, int]
     recipe: Recipe
     seed: int
     folder: Path
@@ -68,14 +65,15 @@ def quantized_model(task: Task, state: Mapping[str, Tensor], spec: TrialSpec) ->
     model = task.model()
     model.load_state_dict(state)
     example = task.inputs(task.batch("train", torch.arange(min(2, task.size("train")))))
-    attach(
-        model,
-        spec.layer_bits,
-        activation_bits=spec.activation_bits,
-        input_bits=spec.input_bits,
-        example=example,
-    )
+    attach(model, spec.bits, example)
     return model
+
+
+def calibration_inputs(task: Task, device: str) -> Iterator[Tensor]:
+    """Return the batches that activation ranges come from, for trials and for Ω alike."""
+    size = min(_CALIBRATION_EXAMPLES, task.size("train"))
+    for part in torch.arange(size).split(_CALIBRATION_BATCH):
+        yield task.inputs(moved(task.batch("train", part), device))
 
 
 def run_trial(
@@ -94,9 +92,7 @@ def run_trial(
     model = quantized_model(task, state, spec).to(device)
     # Ranges come first into a fresh folder; a checkpoint brings its own.
     if not saved_epochs(spec.folder):
-        size = min(_CALIBRATION_EXAMPLES, task.size("train"))
-        parts = torch.arange(size).split(_CALIBRATION_BATCH)
-        calibrate(model, (task.inputs(moved(task.batch("train", p), device)) for p in parts))
+        calibrate(model, calibration_inputs(task, device))
     status, reason = "finished", ""
     try:
         records = fit(

@@ -196,10 +196,33 @@ def test_tied_layers_are_ordered_by_their_average_together():
     ]
 
 
-def test_monotone_fronts_need_one_menu():
-    space = Space((Group("w:a", 1, 0, (2, 4)), Group("w:b", 1, 0, (2, 8))))
-    with pytest.raises(ValueError, match="must share one menu"):
-        monotone_front(space, np.zeros((2, 3)), np.zeros((2, 3), int), np.ones(2))
+def test_a_layer_with_a_menu_of_its_own_stands_outside_the_monotone_order():
+    # The last group, of the least trace, may not go below 8 bits; the others may all the same.
+    space = Space(
+        tuple(
+            Group(f"w:l{i}", 10, 0, menu) for i, menu in enumerate([(2, 4)] * 2 + [(8,)] + [(4, 8)])
+        )
+    )
+    traces = np.array([3.0, 2.0, 1.0, 0.5])
+    sensitivity = np.where(space.allowed(), traces[:, None] * [4.0, 1.0, 0.1], np.inf)
+    front = monotone_front(space, sensitivity, weight_bits(space), traces)
+    allowed = [(a, b, 8, d) for a in (2, 4) for b in (2, 4) for d in (4, 8) if a >= b]
+    brute = {
+        bits: sum(sensitivity[i, space.widths.index(b)] for i, b in enumerate(bits))
+        for bits in allowed
+    }
+    kept = {
+        bits
+        for bits, omega in brute.items()
+        if not any(
+            sum(other) <= sum(bits)
+            and brute[other] <= omega
+            and other != bits
+            and (sum(other), brute[other]) != (sum(bits), omega)
+            for other in allowed
+        )
+    }
+    assert {front.allocation(i).bits for i in range(len(front))} == kept
 
 
 def test_monotone_fronts_need_finite_traces():

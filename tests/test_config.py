@@ -11,7 +11,6 @@ from hawq.space import Group, Space
 from search.config import Budget, RecipeConfig, SearchConfig
 from search.config_file import load_config, template
 from search.errors import InputError
-from search.searchers import SEARCHERS
 
 VALID = {
     "task": {"data": "digits", "pretrain": {"epochs": 1}, "search_size": 100},
@@ -31,7 +30,7 @@ def config_file(tmp_path):
 
 def test_a_short_config_gets_every_default(config_file):
     config = load_config(config_file(VALID))
-    assert config.methods == list(SEARCHERS)
+    assert config.methods == ["uniform", "hawq-v2", "exact"]
     assert config.weights.bits == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -50,8 +49,7 @@ def test_the_resolved_config_reads_back_as_itself(config_file):
         (["curvature.rtol=soon"], "curvature.rtol: input should be a valid number"),
         (["curvature.rtol=-1"], "curvature.rtol: input should be greater than 0, got -1"),
         (["weights.bits=[2, 9]"], "weights.bits.1: input should be less than or equal to 8, got 9"),
-        (["budgets.0.compression=8"], "give exactly one of weight_mib, compression, average_bits"),
-        (["budgets=[{}]"], "give exactly one of weight_mib, compression, average_bits"),
+        (["budgets.0.compression=8"], "give one of weight_mib, compression, average_bits, got"),
         (["budgets=[]"], "budgets: list should have at least 1 item"),
         (["methods=[hawqv2]"], "'hawqv2' is not known, did you mean 'hawq-v2'?"),
         (["task.data=null"], "give either data (digits, cifar10) or factory"),
@@ -107,15 +105,55 @@ def test_a_variable_that_is_not_set_is_named(config_file):
 @pytest.mark.parametrize(
     ("budget", "bits", "label"),
     [
-        (Budget(weight_mib=0.5, compression=None, average_bits=None), 4 << 20, "0.5 MiB"),
-        (Budget(weight_mib=None, compression=16, average_bits=None), 2000, "16×"),
-        (Budget(weight_mib=None, compression=None, average_bits=2.5), 2500, "2.5 bits"),
+        ({"weight_mib": 0.5}, {"weight_bits": 4 << 20}, "0.5 MiB"),
+        ({"compression": 16}, {"weight_bits": 2000}, "16×"),
+        ({"average_bits": 2.5}, {"weight_bits": 2500}, "2.5 bits"),
+        ({"average_bits": 2.44}, {"weight_bits": 2440}, "2.44 bits"),
+        ({"activation_mib": 0.5}, {"activation_bits": 4 << 20}, "activations 0.5 MiB"),
+        ({"activation_compression": 8}, {"activation_bits": 400}, "activations 8×"),
+        ({"activation_average_bits": 4.2}, {"activation_bits": 420}, "activations 4.2 bits"),
+        ({"peak_activation_mib": 1}, {"peak_activation_bits": 8 << 20}, "activations' peak 1 MiB"),
+        (
+            {"compression": 16, "gbops": 0.7, "latency_ms": 1.5},
+            {"weight_bits": 2000, "bops": 700_000_000, "latency_ns": 1_500_000},
+            "16×, 0.7 GBOPs, 1.5 ms",
+        ),
     ],
 )
-def test_budgets_convert_to_whole_bits(budget, bits, label):
-    space = Space((Group("w:a", 1000, 0, (1, 2)),))
-    assert budget.limit_bits(space) == bits
-    assert budget.label == label
+def test_budgets_convert_to_whole_units(budget, bits, label):
+    space = Space((Group("w:a", 1000, 0, (1, 2)), Group("a:a#0", 100, 0, (2, 4))))
+    assert Budget(**budget).limits(space) == bits
+    assert Budget(**budget).label == label
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["budgets=[{}]"], "budgets.0: give at least one of weight_mib, compression"),
+        (
+            ["budgets=[{average_bits: 3, weight_mib: 1}]"],
+            "budgets.0: give one of weight_mib, compression, average_bits, got weight_mib and",
+        ),
+        (
+            ["budgets=[{average_bits: 3}, {average_bits: 3, gbops: 1}]"],
+            "budgets.0: must limit activations too, since another budget does",
+        ),
+        (["budgets=[{average_bits: 3}, {average_bits: 3}]"], "budgets.1: must differ"),
+        (["budgets=[{average_bits: 3, latency_ms: 1}]"], "budgets.0: latency_ms needs a latency"),
+        (["budgets=[{weight_gib: 3}]"], "budgets.0.weight_gib: unknown key, did you mean"),
+        (["weights.bits=[0, 4]"], "weights.bits: 0 is for channels"),
+        (["weights.bits=[0]", "methods=[channel]"], "weights.bits: must hold a width above 0"),
+        (
+            ["budgets=[{average_bits: 3, gbops: 1}]", "methods=[channel]"],
+            "budgets.0: gbops does not add up over channels",
+        ),
+    ],
+)
+def test_budgets_that_contradict_each_other_are_refused(config_file, changes, message):
+    with pytest.raises(InputError) as caught:
+        load_config(config_file(VALID), changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_recipe_of_the_config_is_the_recipe_of_the_training_loop():

@@ -16,11 +16,14 @@ from hawq.finetune import (
     calibrate,
     detach,
     evaluate,
+    fixed_activations,
     make_optimizer,
+    sample_activations,
     train_epoch,
 )
 from hawq.finetune.quantized import ActivationQuantizer, WeightQuantizer
 from hawq.quantizers import best_scales, quantize
+from hawq.reads import read_network
 
 BITS = {"conv1": 8, "conv2": 2, "linear": 4}
 TASK = TinyTask(num_examples=64)
@@ -35,6 +38,17 @@ def images(num=8) -> Tensor:
     return TASK.batch("train", torch.arange(num))[0]
 
 
+def weights(bits):
+    return {f"w:{name}": b for name, b in bits.items()}
+
+
+def quantize_all(model, bits, activation_bits, example, input_bits=8):
+    """Attach to weights and, with one width, to what those layers read."""
+    reads = read_network(model, example)
+    fixed = fixed_activations(reads, activation_bits, input_bits, bits)
+    attach(model, weights(bits) | fixed, example)
+
+
 def hooks(model):
     return [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
 
@@ -44,7 +58,7 @@ def hooks(model):
 
 def test_attached_weights_are_the_quantizer_s():
     model, plain = network(), network()
-    attach(model, BITS)
+    attach(model, weights(BITS))
     for name, bits in BITS.items():
         weight = plain.get_submodule(name).weight.detach()
         rows = weight.flatten(1)
@@ -59,7 +73,7 @@ def test_detaching_restores_the_exact_original(activation_bits):
     before, hooked = model(images()), hooks(model)
     types = [type(module) for module in model.modules()]
     slots = [list(module._parameters) for module in model.modules()]
-    attach(model, BITS, activation_bits=activation_bits, example=images())
+    quantize_all(model, BITS, activation_bits, images())
     calibrate(model, [images()])
     assert not torch.equal(model(images()), before)
     detach(model)
@@ -82,7 +96,7 @@ def test_detaching_a_plain_network_changes_nothing():
 def test_a_copy_can_be_detached_without_the_original():
     model = network()
     plain = model(images())
-    attach(model, BITS, activation_bits=4, example=images())
+    quantize_all(model, BITS, 4, images())
     calibrate(model, [images()])
     quantized = model(images())
     twin = copy.deepcopy(model)
@@ -93,18 +107,18 @@ def test_a_copy_can_be_detached_without_the_original():
 
 def test_a_second_attachment_needs_a_detachment():
     model = network()
-    attach(model, BITS)
+    attach(model, weights(BITS))
     with pytest.raises(ValueError, match="must be detached before it is quantized again"):
-        attach(model, BITS)
+        attach(model, weights(BITS))
     detach(model)
-    attach(model, BITS)
+    attach(model, weights(BITS))
 
 
 def test_layers_that_share_a_weight_share_its_quantizer():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     shared = model[0].weight
-    attach(model, {"0": 2}, activation_bits=4, example=torch.zeros(1, 3))
+    quantize_all(model, {"0": 2}, 4, torch.zeros(1, 3))
     assert torch.equal(model[0].weight, model[1].weight)
     assert not torch.equal(model[0].weight, shared)
     assert len([m for m in model.modules() if isinstance(m, WeightQuantizer)]) == 1
@@ -115,23 +129,23 @@ def test_layers_that_share_a_weight_share_its_quantizer():
 def test_layers_that_are_not_named_are_left_alone():
     model = network()
     weight = model.conv1.weight
-    attach(model, {"linear": 4})
+    attach(model, {"w:linear": 4})
     assert model.conv1.weight is weight
 
 
 def test_a_name_that_is_no_layer_is_refused():
-    with pytest.raises(ValueError, match=r"must name quantizable layers, got \['bn1'\]"):
-        attach(network(), {"bn1": 4})
+    with pytest.raises(ValueError, match=r"must name quantizable layers as w:LAYER, got \['bn1'\]"):
+        attach(network(), {"w:bn1": 4})
 
 
 def test_activations_need_an_example():
     with pytest.raises(ValueError, match="example must be given"):
-        attach(network(), BITS, activation_bits=4)
+        attach(network(), {"a:conv1#0": 4})
 
 
 def test_the_network_s_own_input_keeps_eight_bits():
     model = network()
-    attach(model, BITS, activation_bits=3, example=images())
+    quantize_all(model, BITS, 3, images())
     assert [model.get_submodule(name).input_quantizer.bits for name in LAYERS] == [8, 3, 3]
 
 
@@ -158,7 +172,7 @@ def test_a_tensor_that_is_never_negative_spends_no_code_on_signs(lowest, expecte
 
 def test_calibration_looks_at_unquantized_inputs_and_leaves_modes_alone():
     model = network().train()
-    attach(model, dict.fromkeys(LAYERS, 8), activation_bits=8, example=images())
+    quantize_all(model, dict.fromkeys(LAYERS, 8), 8, images())
     calibrate(model, [images()])
     first = model.linear.input_quantizer.scale.clone()
     calibrate(model, [images()])  # a second time, when quantizers are on
@@ -172,23 +186,23 @@ def test_calibration_does_not_see_some_columns_only():
     x = torch.ones(64, 4, 64, 64)
     x[:, :, :, 0] = 0
     model = nn.Sequential(nn.Conv2d(4, 1, 1))
-    attach(model, {"0": 8}, activation_bits=4, input_bits=4, example=x)
+    quantize_all(model, {"0": 8}, 4, x, input_bits=4)
     calibrate(model, [x])
     assert model[0].input_quantizer(torch.ones(())).detach().item() == pytest.approx(1, rel=1e-5)
 
 
-def test_a_layer_that_never_runs_stays_uncalibrated():
+def test_a_layer_that_never_runs_reads_nothing_to_quantize():
     model = TinyTask("lazy").model()
-    attach(model, {"used": 4, "unused": 4}, activation_bits=4, example=images())
+    quantize_all(model, {"used": 4, "unused": 4}, 4, images())
     calibrate(model, [images()])
     assert model.used.input_quantizer.calibrated
-    assert not model.unused.input_quantizer.calibrated
+    assert not hasattr(model.unused, "input_quantizer")
 
 
 def test_calibration_survives_the_state_dict():
     model, twin = network(), network()
     for each in (model, twin):
-        attach(each, BITS, activation_bits=4, example=images())
+        quantize_all(each, BITS, 4, images())
     calibrate(model, [images()])
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(images()), model(images()))
@@ -288,7 +302,7 @@ class Scaled(nn.Module):
 
 def test_weights_decay_and_vectors_and_scales_do_not():
     model = Scaled()
-    attach(model, {"layer": 4}, activation_bits=4, example=torch.zeros(1, 3))
+    quantize_all(model, {"layer": 4}, 4, torch.zeros(1, 3))
     optimizer = make_optimizer(model, replace(RECIPE, weight_decay=0.01, scale_lr=0.1))
     weights, vectors, scales = optimizer.param_groups
     quantizers = [model.layer.parametrizations.weight[0], model.layer.input_quantizer]
@@ -357,7 +371,7 @@ def test_quantized_networks_are_fine_tuned_in_weights_and_scales():
     model = network()
     trained(TASK, model, replace(RECIPE, epochs=6))
     full = evaluate(model, TASK, "search").mean()
-    attach(model, dict.fromkeys(LAYERS, 2), activation_bits=4, example=images())
+    quantize_all(model, dict.fromkeys(LAYERS, 2), 4, images())
     calibrate(model, [images(64)])
     scales = model.conv2.parametrizations.weight[0].scale.detach().clone()
     broken = evaluate(model, TASK, "search").mean()
@@ -459,3 +473,112 @@ def test_evaluating_leaves_the_network_in_its_mode():
     evaluate(model, TASK, "search")
     assert model.training
     assert torch.equal(model.bn1.running_mean, statistics)
+
+
+# --- bits of channels, and tensors with several readers -----------------------------------------
+
+
+@pytest.mark.parametrize("bits", [(3, 3, 3), (1, 4, 8), (0, 2, 1)])
+def test_a_channel_s_bits_quantize_it_as_if_it_were_alone(bits):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 2, 3, 3, requires_grad=True)
+    upstream = torch.randn(3, 2, 3, 3)
+    together = WeightQuantizer(weight, bits)
+    together(weight).backward(upstream)
+    for c, b in enumerate(bits):
+        row = weight.detach()[c : c + 1].requires_grad_()
+        if b == 0:
+            assert not together(weight)[c].any()
+            assert not weight.grad[c].any()
+            assert together.scale.grad[c].item() == 0
+            continue
+        alone = WeightQuantizer(row, b)
+        alone(row).backward(upstream[c : c + 1])
+        assert torch.equal(together(weight)[c : c + 1], alone(row))
+        assert torch.equal(weight.grad[c : c + 1], row.grad)
+        torch.testing.assert_close(together.scale.grad[c : c + 1], alone.scale.grad)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5, 3, 4, 4), 1), ((5, 3), -1), ((5, 7, 3), -1)])
+def test_activation_channels_have_ranges_and_bits_of_their_own(shape, axis):
+    torch.manual_seed(0)
+    x = torch.rand(shape) * torch.tensor([1.0, 10, 100]).view([3, 1, 1] if axis == 1 else [3])
+    quantizer = ActivationQuantizer((2, 4, 8), "a", axis)
+    assert torch.equal(quantizer(x), x)
+    quantizer.calibrate(quantizer.rows(x))
+    found = quantizer(x)
+    for c, b in enumerate((2, 4, 8)):
+        mine = x.movedim(axis, 0)[c]
+        alone = ActivationQuantizer(b)
+        alone.calibrate(mine)
+        torch.testing.assert_close(found.movedim(axis, 0)[c], alone(mine))
+
+
+class Branches(nn.Module):
+    """Two layers read one tensor; a head runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = torch.relu(x)
+        y = (self.left(x) + self.right(x)).relu()
+        return self.head(y.mean((2, 3))) + self.head(10 * y.amax((2, 3)))
+
+
+BRANCH_BITS = {"w:left": 4, "w:head": 4, "a:left#0": 3, "a:head#0": 2, "a:head#1": 5}
+
+
+def test_readers_of_one_tensor_share_its_quantizer_and_each_call_has_its_own():
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(4, 2, 3, 3)
+    plain = copy.deepcopy(model)
+    attach(model, BRANCH_BITS, x)
+    calibrate(model, [x])
+    assert model.left.input_quantizer is model.right.input_quantizer
+    assert [q.bits for q in model.head.input_quantizer] == [2, 5]
+    scales = make_optimizer(model, RECIPE).param_groups[-1]["params"]
+    assert len(scales) == 2 + 3  # of each weight and each tensor once
+    expected = model(x)
+    assert torch.equal(model(x), expected)  # the calls are counted anew
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), expected)
+    detach(model)
+    assert torch.equal(model(x), plain(x))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_forward_pass_that_breaks_off_leaves_the_calls_in_order():
+    model, x = Branches(), torch.randn(4, 2, 3, 3)
+    attach(model, BRANCH_BITS, x)
+    calibrate(model, [x])
+    expected = model(x)
+    model.head.input_quantizer.turn = 1  # as after an exception between the two calls
+    assert torch.equal(model(x), expected)
+
+
+def test_samples_of_a_tensor_are_taken_once_and_unquantized():
+    model, x = Branches(), torch.randn(4, 2, 3, 3)
+    attach(model, BRANCH_BITS, x)
+    samples = sample_activations(model, [x, x + 1])
+    assert sorted(samples) == ["head#0", "head#1", "left#0"]
+    assert torch.equal(samples["left#0"], torch.cat([x, x + 1]).relu().view(1, -1))
+
+
+def test_bits_that_do_not_fit_the_network_are_refused():
+    x = torch.randn(1, 2, 3, 3)
+    with pytest.raises(ValueError, match="w:left must have bits for 2 channels, got 3"):
+        attach(Branches(), {f"w:left[{c}]": 4 for c in range(3)})
+    with pytest.raises(ValueError, match="the channels of w:left must come in order from 0"):
+        attach(Branches(), {"w:left[1]": 4})
+    with pytest.raises(ValueError, match=r"activations that a layer reads.*\['tail#0'\]"):
+        attach(Branches(), {"a:tail#0": 4}, x)
+
+
+def test_fixed_activations_are_those_that_the_layers_read():
+    reads = read_network(Branches(), torch.randn(1, 2, 3, 3))
+    assert fixed_activations(reads, 4, 8) == {"a:left#0": 4, "a:head#0": 4, "a:head#1": 4}
+    assert fixed_activations(reads, 4, 8, ["left"]) == {"a:left#0": 4}
+    assert fixed_activations(reads, None, 8) == {}

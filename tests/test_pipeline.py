@@ -33,6 +33,7 @@ TINY = {
     "curvature": {"examples": 128, "batch_size": 8, "rtol": 0.1},
     "weights": {"bits": [2, 3, 4, 8], "pin": {"conv1": 8}},
     "budgets": [{"average_bits": 3}],
+    "calibration": {"examples": 64, "choices": 6, "draws": 3},
     "finetune": {"epochs": 1, "batch_size": 64, "lr": 0.02},
     "ray": {"dashboard": False},
 }
@@ -62,14 +63,17 @@ def finished(ray_cluster, tmp_path_factory):
 def essence(summary):
     """What a change of code must not change unseen."""
     found = summary.model_dump(mode="json")
-    keep = ("method", "budget", "digest", "bits", "weight_bits")
+    keep = ("method", "budget", "digest", "bits")
     return {
         "space": found["tables"]["space"],
         "estimator": found["curvature"]["estimator"],
         "num_probes": found["curvature"]["num_probes"],
         "pool_size": found["curvature"]["pool_size"],
         "trace": [float(f"{value:.4g}") for value in found["curvature"]["trace"]],
-        "candidates": [{k: c[k] for k in keep} for c in found["candidates"]["candidates"]],
+        "candidates": [
+            {k: c[k] for k in keep} | {"weight_bits": c["costs"]["weight_bits"]}
+            for c in found["candidates"]["candidates"]
+        ],
         "search_score": found["model"]["search_score"],
         "test": {
             digest: score["score"] for digest, score in sorted(found["test"]["scores"].items())
@@ -107,7 +111,7 @@ def test_every_candidate_is_within_its_budget_and_keeps_its_pin(finished):
     (budget,) = summary.candidates.budgets
     assert len(summary.candidates.candidates) == 3
     for candidate in summary.candidates.candidates:
-        assert candidate.weight_bits <= budget.limit_bits
+        assert candidate.weight_bits <= budget.limits["weight_bits"]
         assert candidate.bits["w:conv1"] == 8
 
 
@@ -127,6 +131,33 @@ def test_test_scores_are_paired_on_the_same_examples(finished):
     assert difference == pytest.approx(float(gained.mean()), abs=1e-6)
     assert error == pytest.approx(float(gained.std()) / root, abs=1e-6)
     assert summary.test.paired(second, first) == (-difference, error)
+
+
+def test_a_search_of_channels_and_activations_keeps_both_budgets(ray_cluster, config, tmp_path):
+    more = [
+        "budgets=[{average_bits: 3, activation_average_bits: 4}]",
+        "methods=[exact, channel]",
+        "activations.min_bits={last: 4}",
+        "weights.tie=[[layer3.0.conv1, layer3.0.conv2]]",
+        "task.pretrain.epochs=1",
+    ]
+    summary = run(config(*more), tmp_path / "run")
+    found = {candidate.method: candidate for candidate in summary.candidates.candidates}
+    for candidate in found.values():
+        assert candidate.average_bits <= 3
+        assert candidate.activation_average_bits <= 4
+        assert candidate.bound <= candidate.sensitivity * (1 + 1e-9)
+        assert candidate.digest in summary.test.scores
+    layers, channels = found["exact"].bits, found["channel"].bits
+    assert layers["w:conv1"] == 8
+    assert layers["a:conv1#0"] == 8  # the network's own input
+    assert layers["a:linear#0"] >= 4
+    assert layers["w:layer3.0.conv1"] == layers["w:layer3.0.conv2"]
+    tied = [channels[f"w:layer3.0.conv{i}[7]"] for i in (1, 2)]
+    assert tied[0] == tied[1]
+    assert len({b for name, b in channels.items() if name.startswith("w:layer2.0.conv2[")}) > 1
+    assert found["channel"].sensitivity < found["exact"].sensitivity
+    assert summary.curvature.activations.layers[0] == "conv1#0"
 
 
 def test_a_finished_run_is_not_run_again(finished, config):
@@ -186,11 +217,22 @@ def test_curvature_does_not_depend_on_the_number_of_workers(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["budgets.0.average_bits=1.9"], r"budgets\.0: a budget must be within 2\.\d+ bits … 8"),
+        (["budgets.0.average_bits=1.9"], r"budgets\.0: must be within 2\.\d+ bits … 8"),
         (["budgets.0.average_bits=8.1"], "got 8.1 bits"),
         (["budgets=[{compression: 32}]"], r"within 15\.\d+× … 4×"),
         (["budgets=[{weight_mib: 1}]"], "MiB … .* MiB"),
-        (["weights.pin={nothing: 4}"], "weights: pin 'nothing' must match a layer"),
+        (["weights.pin={nothing: 4}"], "weights: 'nothing' must match a layer"),
+        (["weights.tie=[[conv1]]"], "weights: tie .* must join two layers or more"),
+        (["weights.tie=[[linear, nothing]]"], "weights: 'nothing' must match a layer"),
+        (["weights.tie=[[conv1, linear]]", "weights.pin={conv1: 8, linear: 4}"], "in common"),
+        (["weights.min_bits={last: 9}"], "weights.min_bits.last: input should be less"),
+        (["budgets.0.activation_average_bits=1"], r"within 2\.\d+ bits … 8 bits .* got 1 bits"),
+        (["budgets.0.gbops=0.0001"], r"budgets\.0: must be within .* GBOPs … .* GBOPs"),
+        (
+            ["budgets.0.gbops=1", "activations.pin={nothing: 4}"],
+            "activations: 'nothing' must match a layer of the activations",
+        ),
+        (["latency=nothing.json"], r"nothing\.json"),
         (["ray.address=127.0.0.1:1"], "must answer at 127.0.0.1:1, got Connection refused"),
         (["ray.address=here"], "must be HOST:PORT"),
         (["task.search_size=1437"], "curvature.batch_size: must be less"),

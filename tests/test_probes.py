@@ -4,6 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -195,28 +198,71 @@ def test_a_task_that_a_worker_cannot_build_is_told_in_a_line(ray_cluster, tmp_pa
         estimate_on_workers(workers, make_plan(), units=UnitFile(tmp_path / "units.jsonl", "a"))
 
 
+@dataclass(frozen=True, slots=True)
+class LargeUnit(UnitSums):
+    """A unit too large for an answer: it is on its worker's node until it is fetched."""
+
+    ballast: bytes = bytes(1 << 20)
+
+
+class SignedIn(ProbeWorker):
+    """Tells its node in a file. Units from 10 and from 20 wait for a second and a third node."""
+
+    def answer(self):
+        with Path(os.environ["HAWQ_TEST_PLACES"]).open("a") as file:
+            file.write(f"{ray.get_runtime_context().get_node_id()} {os.getpid()}\n")
+
+    def run(self, plan, index):
+        while len(places()) < min(3, 1 + index // 10):
+            time.sleep(0.05)
+        unit, seconds, micro_batch = super().run(plan, index)
+        return LargeUnit(**asdict(unit)), seconds, micro_batch
+
+
+def places():
+    """Return the nodes that workers have told, the first first, with their processes."""
+    path = Path(os.environ["HAWQ_TEST_PLACES"])
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {node: int(process) for node, process in map(str.split, lines)}
+
+
 def lose_nodes(folder: str) -> None:
-    """Lose two nodes of three, under two workers: the second for good. Runs in its own process."""
+    """Lose the nodes of two workers; only one has a spare. Runs in a process of its own."""
     from ray.cluster_utils import Cluster  # noqa: PLC0415 (in no other test)
 
+    os.environ["HAWQ_TEST_PLACES"] = f"{folder}/places"
     small = {"object_store_memory": 100 << 20}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small}
-    )
-    nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(3)]
+    # By default Ray takes up to half a minute to see that a node is gone.
+    soon = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 3,
+    }
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon, **small}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    added = [cluster.add_node(num_cpus=1, **small) for _ in range(3)]
+    nodes = {node.node_id: node for node in added}
     ray.init(address=cluster.address, log_to_driver=False)
+    probes.RemoteProbeWorker = ray.remote(SignedIn)
     plan = make_plan(max_probes=20)
-    done = []
+    done, lost = [], []
 
     def remove(_):
+        """Lose the first node when there is a second, and the second when there is a third."""
         done.append(1)
-        if len(done) in {6, 20}:
-            cluster.remove_node(nodes.pop(0), allow_graceful=False)
+        if len(lost) < 2 and len(places()) >= len(lost) + 2:
+            time.sleep(0 if lost else 0.5)  # until the first node alone has its next unit, done
+            node, process = list(places().items())[len(lost)]
+            lost.append(node)
+            cluster.remove_node(nodes[node], allow_graceful=False)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)  # Ray's would outlive it for a moment
 
     with WorkerPool(TASK, state_of(), workers=2, cpus=1) as workers:
         units = UnitFile(Path(folder) / "units.jsonl", "a")
         actual = estimate_on_workers(workers, plan, units=units, on_unit=remove)
-        assert workers._lost >= 1
+        assert len(lost) == 2
+        assert workers._lost >= 2
     assert_same_bits(actual, expect(plan))
     assert len(done) == plan.num_units
     ray.shutdown()

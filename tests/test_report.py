@@ -1,5 +1,6 @@
 """The report: what it says, what it warns of, and that it needs nothing but itself."""
 
+import json
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from plotly.offline import get_plotlyjs
+from test_trace_page import make_eigenvalues, with_block
 
 from search.artefacts import (
     BudgetLimit,
@@ -31,7 +33,8 @@ from search.artefacts import (
 from search.artefacts import (
     TestArtefact as Scored,
 )
-from search.report import render
+from search.errors import InputError
+from search.report import render, render_eigenvalues, rewrite_report, write_report
 from search.report.bits_map import bits_map
 from search.report.caveats import caveats
 from search.report.figures import (
@@ -45,6 +48,7 @@ from search.report.palette import looks
 from search.report.quantities import duration, moment, percent, plus_minus, points, significant
 from search.report.trace_figure import traces
 
+SECTION = "Top eigenvalues and the loss around them"
 WIDTHS = [2, 3, 4, 6, 8]
 LAYERS = [
     "conv1",
@@ -69,7 +73,9 @@ def make_summary(
     sizes = [max(144, 36864 * (i + 1) // len(layers)) for i in range(len(layers))]
     total = sum(sizes)
     omega = [[4.0 ** (3 - b) * 5 * 0.8**i for b in WIDTHS] for i in range(len(layers))]
-    limits = [BudgetLimit(label=f"{bits} bits", limit_bits=bits * total) for bits in budgets]
+    limits = [
+        BudgetLimit(label=f"{bits} bits", limits={"weight_bits": bits * total}) for bits in budgets
+    ]
     candidates, trials, scores = [], [], {}
     for limit, bits in zip(limits, budgets, strict=True):
         for m, method in enumerate(methods):
@@ -80,21 +86,24 @@ def make_summary(
             if owner != "uniform" and len(layers) > 1:
                 chosen[f"w:{layers[0]}"], chosen[f"w:{layers[-1]}"] = 8, 2
                 chosen[f"w:{layers[len(layers) // 2]}"] = 6 if owner == "hawq-v2" else 2
-            size = min(
-                sum(b * n for b, n in zip(chosen.values(), sizes, strict=True)), limit.limit_bits
-            )
+            size = sum(b * n for b, n in zip(chosen.values(), sizes, strict=True))
+            size = min(size, limit.limits["weight_bits"])
             drop = {3: 0.031, 4: 0.009}.get(bits, 0.05) - (0.014 if owner != "uniform" else 0)
             drop -= 0.0007 * (0 if is_twin else m)
+            omega_of_all = 2.1 / 4**bits * (1.6 if owner == "uniform" else 0.9**m)
             candidates.append(
                 Candidate(
                     method=method,
                     budget=limit.label,
                     digest=digest,
                     bits=chosen,
-                    weight_bits=size,
+                    costs={"weight_bits": size, "stored_bits": size + 16 * 16 * len(layers)},
                     average_bits=size / total,
                     compression=32 * total / size,
-                    sensitivity=2.1 / 4**bits * (1.6 if owner == "uniform" else 0.9**m),
+                    activation_average_bits=None,
+                    activation_compression=None,
+                    sensitivity=omega_of_all,
+                    bound=omega_of_all if method == "exact" else None,
                     evaluations=0,
                     seconds=0.0021 * (m + 1),
                 )
@@ -171,14 +180,18 @@ def make_summary(
             widths=WIDTHS,
             sensitivity=[list(row) for row in omega],
             squared_error=omega,
-            weight_bits=[[b * n for b in WIDTHS] for n in sizes],
+            trace=trace,
+            trace_error=[0.1 * t for t in trace],
+            num_scales=[16] * len(layers),
+            operations=[],
+            alive=[],
         ),
         candidates=CandidatesArtefact(
             budgets=limits,
             fronts=[
                 FrontPoints(
                     method=method,
-                    weight_bits=[round(total * (2 + 6 * i / 60)) for i in range(61)],
+                    bits=[round(total * (2 + 6 * i / 60)) for i in range(61)],
                     sensitivity=[2.1 / 4 ** (2 + 6 * i / 60) * 0.9**k for i in range(61)],
                 )
                 for k, method in enumerate(methods)
@@ -341,9 +354,11 @@ def test_every_number_of_every_candidate_is_in_its_row():
             trial = next(t for t in summary.trials.trials if t.digest == candidate.digest)
             assert row[1:] == [
                 significant(candidate.weight_bits / 8 / 2**20),
+                significant(candidate.costs["stored_bits"] / 8 / 2**20),
                 f"{candidate.compression:.2f}",
                 f"{candidate.average_bits:.2f}",
                 significant(candidate.sensitivity),
+                "optimal" if candidate.method == "exact" else "—",
                 percent(trial.epochs[-1].search_score),
                 f"{percent(score.score)} ± 0.28",
                 f"{points(score.drop)} ± 0.17",
@@ -355,7 +370,7 @@ def test_every_number_of_every_candidate_is_in_its_row():
 def test_the_unquantized_network_is_the_first_row():
     row = Page(render(make_summary())).row("unquantized")
     size = significant(make_summary().model.num_quantizable * 4 / 2**20)
-    assert row[1:7] == [size, "1.00", "32.00", "—", "92.64", "91.73 ± 0.27"]
+    assert row[1:9] == [size, size, "1.00", "32.00", "—", "—", "92.64", "91.73 ± 0.27"]
 
 
 def test_names_cannot_break_out_of_the_page():
@@ -369,7 +384,9 @@ def test_names_cannot_break_out_of_the_page():
     for candidate in document["candidates"]["candidates"]:
         candidate["budget"] += evil
     summary = with_trial(Summary.model_validate(document), "uniform", status="failed", reason=evil)
-    html = render(summary)
+    found = with_block(make_eigenvalues(), 0, block=evil, converged=False)
+    found.surfaces[0] = found.surfaces[0].model_copy(update={"block": evil})
+    html = render(summary, found)
     page = Page(html)
     assert [tag for tag, _ in page.elements].count("script") == 3
     assert "<script>alert" not in html
@@ -381,7 +398,7 @@ def test_names_cannot_break_out_of_the_page():
 
 def test_plotly_reads_no_markup_in_names():
     summary = make_summary(layers=["conv1", "<b>x"], methods=("uniform", "<i>y"))
-    figures = [accuracy_by_size(summary), fronts(summary), traces(summary.curvature)]
+    figures = [accuracy_by_size(summary), fronts(summary.candidates), traces(summary.curvature)]
     figures += training_curves(summary).values()
     for figure in figures:
         for trace in figure.data:
@@ -422,13 +439,13 @@ def test_a_failed_trial_is_named_with_its_reason_and_keeps_its_row():
     summary = with_trial(make_summary(), "exact", status="failed", reason="out of memory")
     assert caveats(summary) == ["Fine-tuning failed: exact, 3 bits: out of memory"]
     row = Page(render(summary)).row("exact")
-    assert row[5].startswith("failed ")
-    assert row[6:8] == ["—", "—"]
+    assert row[7].startswith("failed ")
+    assert row[8:10] == ["—", "—"]
 
 
 def test_a_trial_that_failed_at_once_has_no_score():
     summary = with_trial(make_summary(), "exact", status="failed", reason="x", epochs=[])
-    assert Page(render(summary)).row("exact")[5] == "failed —"
+    assert Page(render(summary)).row("exact")[7] == "failed —"
     assert len(training_curves(summary)["3 bits"].data) == 2
 
 
@@ -439,7 +456,7 @@ def test_a_clean_run_has_no_caveats():
 
 def over_budget(summary: Summary) -> Summary:
     limits = [b.model_dump() for b in summary.candidates.budgets]
-    limits[0]["limit_bits"] = summary.candidates.candidates[0].weight_bits - 1
+    limits[0]["limits"]["weight_bits"] = summary.candidates.candidates[0].weight_bits - 1
     others = [c for c in summary.candidates.candidates if c.method != "hawq-v2"]
     return changed(summary, candidates={"budgets": limits, "candidates": [others[0], *others[2:]]})
 
@@ -483,7 +500,10 @@ def over_budget(summary: Summary) -> Summary:
             lambda s: changed(s, test={"scores": dict(list(s.test.scores.items())[1:])}),
             ["Not scored on the test split: uniform, 3 bits."],
         ),
-        (over_budget, ["No candidate: exact, 3 bits.", "Over budget: uniform, 3 bits: "]),
+        (
+            over_budget,
+            ["No candidate: exact, 3 bits.", "Over budget: uniform, 3 bits: weight_bits "],
+        ),
     ],
 )
 def test_each_caveat_appears_exactly_when_it_should(change, expected):
@@ -493,6 +513,75 @@ def test_each_caveat_appears_exactly_when_it_should(change, expected):
     for caveat, start in zip(found, expected, strict=True):
         assert caveat.startswith(start)
     assert Page(render(summary)).text["li"].count(expected[0]) == 1
+
+
+def figures_of(html: str) -> dict[str, Any]:
+    [found] = re.findall(r"const figures = (\{.*\});\n", html)
+    return json.loads(found)
+
+
+def test_eigenvalues_of_the_searched_weights_are_shown_as_on_their_own_page():
+    found = make_eigenvalues()
+    html = render(make_summary(), found)
+    page, ours = Page(html), figures_of(html)
+    theirs = figures_of(render_eigenvalues(found))
+    assert SECTION in page.text["h2"]
+    assert page.classes("caveats") == 0
+    shown = ("eigenvalues-figure", "surface-figure-0", "surface-figure-1")
+    assert page.classes("figure") == 3 + 2 + len(shown)
+    for name in shown:
+        assert ours[name] == theirs[name]
+    assert "block2" in page.text["h3"]
+    assert "for 3 blocks, by power iteration on 256 examples" in page.text["p"]
+
+
+def test_a_report_without_eigenvalues_does_not_speak_of_them():
+    html = render(make_summary())
+    assert "eigenvalue" not in html.replace(get_plotlyjs(), "")
+
+
+def test_eigenvalues_without_surfaces_are_shown_alone():
+    page = Page(render(make_summary(), make_eigenvalues(1, surfaces=[])))
+    assert SECTION in page.text["h2"]
+    assert "Along the two top eigenvectors" not in page.text["p"]
+
+
+def test_eigenvalues_of_other_weights_are_left_out_and_the_report_says_so():
+    page = Page(render(make_summary(), make_eigenvalues(weights_sha256="cd" * 32)))
+    assert SECTION not in page.text["h2"]
+    assert "are of other weights (cdcdcdcdcdcd) than the searched (abababababab)" in page.text["li"]
+
+
+def test_an_iteration_that_did_not_converge_is_a_caveat_of_the_report():
+    found = with_block(make_eigenvalues(), 1, converged=False, residual=7.0)
+    [caveat] = caveats(make_summary(), found)  # without that of an order, which is not shown
+    assert caveat.startswith("The power iteration of 1 of 3 blocks (block1) had not converged")
+    assert caveat in Page(render(make_summary(), found)).text["li"]
+
+
+def test_a_finished_runs_report_is_written_again_with_the_eigenvalues_in_its_folder(tmp_path):
+    assert rewrite_report(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    summary = make_summary()
+    (tmp_path / "summary.json").write_text(summary.model_dump_json())
+    assert write_report(tmp_path, summary) == tmp_path / "report.html"
+    assert (tmp_path / "report.html").read_text() == render(summary)
+    found = make_eigenvalues()
+    (tmp_path / "eigenvalues.json").write_text(found.model_dump_json())
+    assert rewrite_report(tmp_path) == tmp_path / "report.html"
+    assert (tmp_path / "report.html").read_text() == render(summary, found)
+
+
+def test_a_summary_of_another_version_leaves_the_report_as_it_is(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    assert rewrite_report(tmp_path) is None
+
+
+@pytest.mark.parametrize(("text", "form"), [("{}", "name"), ("{", "it")])
+def test_a_document_that_is_none_is_told_in_a_line(tmp_path, text, form):
+    (tmp_path / "eigenvalues.json").write_text(text)
+    with pytest.raises(InputError, match=f"got another form of {form}: delete it, or trace again"):
+        write_report(tmp_path, make_summary())
 
 
 def test_a_difference_beyond_twice_its_error_is_called_outside_it():
@@ -564,7 +653,7 @@ def test_a_method_looks_the_same_in_every_figure():
     expected = {
         method: look.color for method, look in looks(["uniform", "hawq-v2", "exact", "tpe"]).items()
     }
-    drawn = [*accuracy_by_size(summary).data, *fronts(summary).data]
+    drawn = [*accuracy_by_size(summary).data, *fronts(summary.candidates).data]
     drawn += [trace for figure in training_curves(summary).values() for trace in figure.data]
     assert {trace.meta for trace in drawn} == set(expected)
     for trace in drawn:
@@ -580,7 +669,7 @@ def test_many_methods_look_different():
 
 def test_every_axis_has_a_title():
     summary = make_summary()
-    figures = [accuracy_by_size(summary), fronts(summary), traces(summary.curvature)]
+    figures = [accuracy_by_size(summary), fronts(summary.candidates), traces(summary.curvature)]
     for figure in [*figures, *training_curves(summary).values()]:
         assert figure.layout.xaxis.title.text
         assert figure.layout.yaxis.title.text
@@ -661,11 +750,11 @@ def test_a_long_front_is_thinned_but_keeps_its_least_sensitivity():
     points = 10 * MAX_FRONT_POINTS + 7
     front = {
         "method": "exact",
-        "weight_bits": list(range(1, points + 1)),
+        "bits": list(range(1, points + 1)),
         "sensitivity": [1 / (i + 1) for i in range(points)],
     }
     summary = changed(summary, candidates={"fronts": [front]})
-    drawn = fronts(summary).data[0]
+    drawn = fronts(summary.candidates).data[0]
     assert len(drawn.x) <= MAX_FRONT_POINTS
     assert drawn.y[-1] == 1 / points
     assert list(drawn.x) == sorted(drawn.x)
@@ -678,7 +767,7 @@ def test_points_that_a_logarithm_cannot_show_are_counted():
     front = summary.model_dump()["candidates"]["fronts"][0]
     front["sensitivity"][-1] = 0.0
     summary = changed(summary, candidates={"fronts": [front]})
-    assert 0.0 not in fronts(summary).data[0].y
+    assert 0.0 not in fronts(summary.candidates).data[0].y
     assert "zero: 1 point with Ω = 0." in render(summary)
     assert "Not drawn" not in render(make_summary())
 
@@ -713,7 +802,7 @@ def test_scored_allocations_are_told_where_a_method_scored_several():
     candidates = summary.model_dump()["candidates"]["candidates"]
     candidates[0]["evaluations"] = 1500
     page = Page(render(changed(summary, candidates={"candidates": candidates})))
-    assert page.row("uniform")[9] == "1,500"
+    assert page.row("uniform")[11] == "1,500"
 
 
 @pytest.mark.parametrize(
@@ -762,9 +851,10 @@ def test_quantities_are_written_for_people(written, expected):
 
 @pytest.mark.browser
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_draws_every_figure_and_needs_no_sideways_scrolling(tmp_path):
+@pytest.mark.parametrize(("found", "num"), [(None, 5), (make_eigenvalues(), 8)])
+def test_a_browser_draws_every_figure_and_needs_no_sideways_scrolling(tmp_path, found, num):
     width = "`${document.documentElement.scrollWidth} of ${innerWidth}`"
-    html = f"{render(make_summary())}<script>document.title = {width}</script>"
+    html = f"{render(make_summary(), found)}<script>document.title = {width}</script>"
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --disable-sync --no-first-run "
@@ -775,4 +865,4 @@ def test_a_browser_draws_every_figure_and_needs_no_sideways_scrolling(tmp_path):
     command.append((tmp_path / "report.html").as_uri())
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert "<title>500 of 500</title>" in dom
-    assert dom.count(" svg-container") == 5
+    assert dom.count(" svg-container") == num

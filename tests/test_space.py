@@ -9,7 +9,8 @@ from oracles import ResidualNet, free_space
 from torch import nn
 
 from hawq.finetune import attach
-from hawq.space import Group, Space, evaluating, quantizable_layers, weight_space
+from hawq.reads import weight_space
+from hawq.space import Group, Space, evaluating, quantizable_layers
 
 
 class Siamese(nn.Module):
@@ -83,8 +84,14 @@ def test_the_fingerprint_sees_every_property_of_a_group(other):
         (("w:c", 1, -1, (4,)), "macs not negative, got 1 and -1"),
         (("w:c", 1, 1, ()), r"menu must be strictly increasing, got \(\)"),
         (("w:c", 1, 1, (4, 2)), r"menu must be strictly increasing, got \(4, 2\)"),
-        (("w:c", 1, 1, (4, 9)), r"menu must stay within 1..8 bits, got \(4, 9\)"),
-        (("w:c", 1, 1, (0, 4)), r"menu must stay within 1..8 bits, got \(0, 4\)"),
+        (
+            ("w:c", 1, 1, (4, 9)),
+            r"menu must stay within 1..8 bits, or 0 for a channel, got \(4, 9\)",
+        ),
+        (
+            ("w:c", 1, 1, (0, 4)),
+            r"menu must stay within 1..8 bits, or 0 for a channel, got \(0, 4\)",
+        ),
     ],
 )
 def test_a_group_that_makes_no_sense_is_refused(arguments, message):
@@ -119,7 +126,9 @@ def test_a_pin_may_lie_off_the_menu():
 
 
 def test_a_pin_that_matches_nothing_is_refused():
-    with pytest.raises(ValueError, match="pin 'stem' must match a layer, got none of l0, l1"):
+    with pytest.raises(
+        ValueError, match="'stem' must match a layer of the weights, got none; there"
+    ):
         free_space([1, 2], (2, 4)).pinned({"stem": 8})
 
 
@@ -159,7 +168,7 @@ def test_a_shared_weight_is_one_group_that_works_twice():
 def test_quantized_layers_are_still_found_once_each():
     network = Siamese()
     before = list(quantizable_layers(network))
-    attach(network, dict.fromkeys(before, 4))
+    attach(network, {f"w:{name}": 4 for name in before})
     assert list(quantizable_layers(network)) == before
 
 
@@ -184,3 +193,80 @@ def test_modes_come_back_after_an_error():
 def test_a_network_without_layers_is_refused():
     with pytest.raises(ValueError, match=r"must hold a convolution or a linear layer .* ReLU"):
         weight_space(nn.Sequential(nn.ReLU()), torch.zeros(1, 1), (4,))
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+def both_kinds():
+    names = ["w:stem", "w:block.conv", "w:head", "a:stem#0", "a:block.conv#0", "a:block.conv#1"]
+    return Space(tuple(Group(name, 8, 1, (2, 4, 8)) for name in names))
+
+
+def channels_of(*layers):
+    return Space(tuple(Group(f"w:{name}[{c}]", 4, 1, (0, 2, 4)) for name in layers for c in (0, 1)))
+
+
+def menus(space):
+    return {group.name: group.menu for group in space.groups}
+
+
+def test_rules_are_for_their_own_kind():
+    space = both_kinds().pinned({"stem": 8}).pinned({"stem": 4}, "activations")
+    assert (menus(space)["w:stem"], menus(space)["a:stem#0"]) == ((8,), (4,))
+
+
+def test_a_tensor_is_meant_by_its_name_or_by_its_reader():
+    by_reader = menus(both_kinds().pinned({"block.*": 4}, "activations"))
+    assert by_reader["a:block.conv#0"] == by_reader["a:block.conv#1"] == (4,)
+    by_name = menus(both_kinds().pinned({"block.conv#1": 4}, "activations"))
+    assert by_name["a:block.conv#0"] == (2, 4, 8)
+
+
+def test_a_layer_s_name_means_all_its_channels():
+    space = channels_of("stem", "head").pinned({"stem": 4})
+    assert [group.menu for group in space.groups] == [(4,), (4,), (0, 2, 4), (0, 2, 4)]
+
+
+def test_least_bits_of_the_first_and_the_last_layer():
+    space = both_kinds().at_least({"first": 4, "last": 8}).at_least({"first": 8}, "activations")
+    assert menus(space)["w:stem"] == (4, 8)
+    assert menus(space)["w:head"] == (8,)
+    assert menus(space)["a:stem#0"] == (8,)
+    with pytest.raises(ValueError, match="w:stem: menu must hold a width of at least 16 bits"):
+        both_kinds().at_least({"first": 16})
+
+
+def test_the_last_menu_that_matches_counts():
+    space = both_kinds().restricted({"*": [4, 8], "head": [2, 8]})
+    assert menus(space)["w:stem"] == (4, 8)
+    assert menus(space)["w:head"] == (2, 8)
+
+
+def test_ties_that_meet_are_one():
+    space = both_kinds().tied([["stem", "block.*"], ["head", "stem"]])
+    assert space.rows()[0] == (0, 1, 2)
+    assert len(space.rows()) == 4
+
+
+def test_tied_layers_share_bits_channel_by_channel():
+    space = channels_of("left", "right").tied([["left", "right"]])
+    assert space.rows() == [(0, 2), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("ties", "message"),
+    [
+        ([["stem"]], r"tie \['stem'\] must join two layers or more, got stem"),
+        ([["stem", "tail"]], "'tail' must match a layer of the weights, got none; there are"),
+    ],
+)
+def test_a_tie_that_ties_nothing_is_refused(ties, message):
+    with pytest.raises(ValueError, match=message):
+        both_kinds().tied(ties)
+
+
+def test_tied_layers_without_a_common_width_are_refused():
+    space = both_kinds().pinned({"stem": 8, "head": 2})
+    with pytest.raises(ValueError, match="tied groups must have a bit-width in common, got w:stem"):
+        space.tied([["stem", "head"]])

@@ -100,11 +100,13 @@ def test_one_worker_and_two_give_the_same_bits(trace):
 
 
 @pytest.mark.ray
-def test_blocks_have_their_top_eigenvalues(trace):
+def test_blocks_have_their_top_eigenvalues(trace, run_folder):
     more = ("--blocks", "stem=conv1", "--max-probes", "80", "--set", "curvature.examples=32")
     code, printed, out = trace("--estimator", "eigenvalue", *more)
     assert code == 0, printed
     found = EigenvalueDocument.model_validate_json(out.read_text())
+    model = json.loads((run_folder / "run" / "model.json").read_text())["result"]
+    assert found.weights_sha256 == model["weights_sha256"]
     assert found.blocks[0].block == "stem"
     assert {layer for block in found.blocks for layer in block.layers} >= {"conv1", "linear"}
     within = [block.residual <= 0.01 * abs(block.eigenvalue) for block in found.blocks]

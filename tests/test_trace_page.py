@@ -96,6 +96,7 @@ def make_eigenvalues(num: int = 3, **changes: Any) -> EigenvalueDocument:
     offsets = [-0.5, 0.0, 0.5]
     values = {
         "name": "digits",
+        "weights_sha256": "ab" * 32,
         "seed": 17,
         "num_examples": 256,
         "pool_size": 1151,
@@ -541,8 +542,8 @@ def test_one_block_without_surfaces_renders():
     [
         (
             with_block(make_eigenvalues(), 1, converged=False),
-            "The iteration of 1 of 3 blocks (block1) had not converged: the residual is above "
-            "5\u00a0% of |λ|.",
+            "The power iteration of 1 of 3 blocks (block1) had not converged: the residual is "
+            "above 5\u00a0% of |λ|.",
         ),
         (
             with_block(make_eigenvalues(), 1, eigenvalue=-8.0),

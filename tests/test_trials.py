@@ -10,7 +10,8 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from hawq.finetune import Recipe, evaluate
+from hawq.finetune import Recipe, evaluate, fixed_activations
+from hawq.reads import read_network
 from hawq.space import quantizable_layers
 from search.config import TrialsConfig
 from search.fit import fit, read_progress, saved_epochs
@@ -38,8 +39,15 @@ def state():
 
 
 def make_spec(folder, *, bits=3, recipe=RECIPE, digest="d"):
-    layer_bits = dict.fromkeys(quantizable_layers(TASK.model()), bits)
-    return TrialSpec(digest, layer_bits, 4, 8, recipe, 0, folder)
+    return TrialSpec(digest, all_bits(bits), recipe, 0, folder)
+
+
+def all_bits(bits):
+    """One width for the weights; 4 bits for what layers read, 8 for the network's own input."""
+    model = TASK.model()
+    reads = read_network(model, TASK.inputs(TASK.batch("train", torch.arange(1))))
+    weights = {f"w:{name}": bits for name in quantizable_layers(model)}
+    return weights | fixed_activations(reads, 4, 8)
 
 
 def results(trial):
@@ -123,10 +131,8 @@ def test_tune_runs_every_trial_with_the_bits_of_this_process(ray_cluster, tmp_pa
 @pytest.mark.ray
 def test_early_stopping_is_a_result_that_says_so(ray_cluster, tmp_path, state):
     recipe = Recipe(epochs=8, batch_size=64, lr=0.01, examples_per_epoch=128)
-    layers = quantizable_layers(TASK.model())
     specs = [
-        TrialSpec(str(bits), dict.fromkeys(layers, bits), 4, 8, recipe, 0, tmp_path / str(bits))
-        for bits in (8, 1)
+        TrialSpec(str(bits), all_bits(bits), recipe, 0, tmp_path / str(bits)) for bits in (8, 1)
     ]
     trials = run_trials(
         TASK,

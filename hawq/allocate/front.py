@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hawq.allocation import Allocation
 from hawq.space import Space
 
-__all__ = ["Front", "InfeasibleBudgetError", "Rows", "merge_ties", "undominated"]
+__all__ = ["Front", "InfeasibleBudgetError", "Rows", "evenly", "merge_ties", "undominated"]
 
 
 class InfeasibleBudgetError(ValueError):
@@ -132,3 +132,21 @@ def undominated(cost: NDArray[np.int64], sensitivity: NDArray[np.float64]) -> ND
     best = np.minimum.accumulate(sensitivity[order])
     improves = np.append(True, best[1:] < best[:-1])
     return order[improves & np.isfinite(best)]
+
+
+def evenly(cost: NDArray[np.int64], num: int) -> NDArray[np.int64]:
+    """Thin a front: return the indices of the last points within ``num`` evenly spaced costs.
+
+    Both ends are among them, and for each that is left out one less than a spacing above it.
+
+    Args:
+        cost: Costs of the points, shape (F,), increasing.
+        num: How many to keep at most, at least 2.
+    """
+    if len(cost) <= num:
+        return np.arange(len(cost))
+    # Whole numbers throughout: a rounded last cost would lose the last point.
+    steps = np.arange(num, dtype=np.int64)
+    budgets = cost[0] + (cost[-1] - cost[0]) * steps // (num - 1)
+    found: NDArray[np.int64] = np.unique(np.searchsorted(cost, budgets, side="right") - 1)
+    return found

@@ -30,45 +30,73 @@ def monotone_front(
 ) -> Front:
     """Find the undominated allocations among HAWQ-V2's monotone ones.
 
-    A pinned group keeps its bits and stands outside the order: the paper does not pin, and a pin
-    inside the order would forbid other widths before or after it.
+    A group whose menu is not that of the most elements, such as a pinned one, stands outside the
+    order and chooses freely: the paper has one menu, and a narrow one inside the order would
+    forbid widths to all that come before or after it.
 
     Args:
-        space: What may be chosen. Groups that are free must share one menu.
+        space: What may be chosen; menus and ties are respected.
         sensitivity: Ω, shape (L, B).
         cost: Shape (L, B).
         traces: Hessian traces, shape (L,); tied groups are ordered by their average together.
 
     Raises:
-        ValueError: If a shape is wrong, or free groups have different menus.
+        ValueError: If a shape or a value is wrong.
     """
     rows = merge_ties(space, sensitivity, cost)
     menus = [space.menu_of(members) for members in rows.members]
-    free = [i for i, menu in enumerate(menus) if len(menu) > 1]
-    if len({menus[i] for i in free}) > 1:
-        raise ValueError("free groups must share one menu for a monotone front, got several")
     if traces.shape != (len(space),) or not np.isfinite(traces).all():
         raise ValueError(f"traces must be {len(space)} finite numbers, got shape {traces.shape}")
+    sizes = np.array([group.num_elements for group in space.groups])
+    elements = [int(sizes[list(members)].sum()) for members in rows.members]
+    average = [traces[list(m)].sum() / n for m, n in zip(rows.members, elements, strict=True)]
+    common: dict[tuple[int, ...], int] = {}
+    for menu, n in zip(menus, elements, strict=True):
+        common[menu] = common.get(menu, 0) + n * (len(menu) > 1)
+    shared = max(common, key=lambda menu: common[menu])
+    inside = [i for i, menu in enumerate(menus) if menu == shared]
+    outside = [i for i, menu in enumerate(menus) if menu != shared]
+    order = sorted(inside, key=lambda i: -average[i])
 
-    # Pins first (one column each), then the free rows from the largest average trace down.
-    choice = np.empty((1, len(menus)), np.int8)
-    for i, menu in enumerate(menus):
-        choice[:, i] = np.searchsorted(space.widths, menu[0])
-    if free:
-        sizes = np.array([group.num_elements for group in space.groups])
-        average = [traces[list(m)].sum() / sizes[list(m)].sum() for m in rows.members]
-        order = sorted(free, key=lambda i: -average[i])
-        descending = np.searchsorted(space.widths, menus[free[0]])[::-1]
-        staircases = _staircases(rows, order, descending)
-        choice = np.repeat(choice, len(staircases), 0)
-        choice[:, order] = staircases
+    # Those outside first: their undominated choices are where the staircases begin.
+    beginnings = _choices(rows, outside)
+    every = np.arange(len(menus))
+    total_cost = rows.cost[every[outside], beginnings].sum(1)
+    total = rows.sensitivity[every[outside], beginnings].sum(1)
+    descending = np.searchsorted(space.widths, shared)[::-1]
+    staircases, beginning = _staircases(rows, order, descending, total_cost, total)
+    choice = np.empty((len(staircases), len(menus)), np.int8)
+    choice[:, order] = staircases
+    choice[:, outside] = beginnings[beginning]
     return rows.front(space, choice)
 
 
-def _staircases(rows: Rows, order: list[int], descending: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Columns, shape (F, len(order)), of all staircases that may be undominated."""
-    step = np.zeros(1, np.int64)  # where on `descending` each beginning stands
+def _choices(rows: Rows, outside: list[int]) -> NDArray[np.int64]:
+    """Columns, shape (F, len(outside)), of all undominated choices of a few rows."""
+    choice = np.empty((1, 0), np.int64)
     total_cost, total = np.zeros(1, np.int64), np.zeros(1)
+    for row in outside:
+        cost = np.add.outer(total_cost, rows.cost[row]).ravel()
+        candidate = np.add.outer(total, rows.sensitivity[row]).ravel()
+        keep = undominated(cost, candidate)
+        total_cost, total = cost[keep], candidate[keep]
+        parent, option = np.divmod(keep, rows.cost.shape[1])
+        choice = np.column_stack([choice[parent], option])
+    return choice
+
+
+def _staircases(
+    rows: Rows,
+    order: list[int],
+    descending: NDArray[np.int64],
+    total_cost: NDArray[np.int64],
+    total: NDArray[np.float64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Columns, shape (F, len(order)), of all staircases that may be undominated, and their starts.
+
+    The totals, shape (S,), are those that they may start with.
+    """
+    step = np.zeros(len(total), np.int64)  # where on `descending` each beginning stands
     history = []
     for row in order:
         parents, steps, costs, totals = [], [], [], []
@@ -87,4 +115,4 @@ def _staircases(rows: Rows, order: list[int], descending: NDArray[np.int64]) -> 
         parent, taken = history[i]
         choice[:, i] = descending[taken[point]]
         point = parent[point]
-    return choice
+    return choice, point

@@ -228,12 +228,19 @@ def choose_passes(
     rest = energy.flip(1).cumsum(1).flip(1)  # of direction k and those after it
     if total == 0:
         return Choice("exact_gauss_newton", "the outputs have no curvature on these examples")
+    spreads = [
+        float(rest[:, leading].square().sum()) / total**2 * len(energy) / num_examples
+        for leading in range(min(64, energy.shape[1]))
+    ]
     best = (math.inf, 0, 0)
-    for leading in range(min(64, energy.shape[1])):
-        spread = float(rest[:, leading].square().sum()) / total**2 * len(energy) / num_examples
+    for leading, spread in enumerate(spreads):
         probes = max(_MIN_PROBES, math.ceil(_PROBE_DEVIATION**2 * spread / rtol**2))
         best = min(best, (leading + probes, leading, probes))
     cost, leading, probes = best
+    # The examples' own error comes on top of the probes', and looking at them costs more than a
+    # pass: one that halves the probes' error is worth it.
+    if leading + 1 < len(spreads) and 4 * spreads[leading + 1] < spreads[leading]:
+        cost, leading = cost + 1, leading + 1
     if passes <= cost:
         return Choice(
             "exact_gauss_newton",

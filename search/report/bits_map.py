@@ -1,25 +1,24 @@
-"""Which layer got how many bits, as a table of coloured cells.
+"""Which layer or tensor got how many bits, as a table of coloured cells.
 
 Channels of one layer are shown together, as their mean where they differ.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from search.artefacts import Summary
+from hawq.allocation import Bits, by_owner
+from hawq.space import PREFIX, Kind
+from search.artefacts import Candidate, Summary
+from search.report.palette import width_color
 from search.report.results import results_by_budget
 
 __all__ = ["BitsMap", "Cell", "Column", "MapRow", "bits_map"]
 
-_CHANNEL = re.compile(r"\[\d+\]$")
-_FEW, _MANY = (0xF3, 0xF7, 0xFB), (0x08, 0x35, 0x68)
-
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A layer: its name, its share of all weights in percent as text, and whether it is pinned."""
+    """A layer or tensor: name, share of all elements in percent as text, whether it is pinned."""
 
     name: str
     share: str
@@ -28,11 +27,15 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Bits as text, and the colours to show them in."""
+    """Bits as text, the colours to show them in, and how many channels have which.
+
+    ``histogram`` is ``"2:5 3:11"`` for 5 channels of 2 bits and 11 of 3, empty without channels.
+    """
 
     text: str
     background: str
     ink: str
+    histogram: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,60 +56,63 @@ class BitsMap:
     groups: tuple[tuple[str, tuple[MapRow, ...]], ...]
 
 
-def bits_map(summary: Summary) -> BitsMap:
-    """Arrange every candidate's bits layer by layer."""
-    candidates = summary.candidates.candidates
-    names = list(dict.fromkeys(_layer(group) for c in candidates for group in c.bits))
-    groups = tuple(
-        (
-            found.budget.label,
-            tuple(
-                MapRow(
-                    result.candidate.method,
-                    result.twins,
-                    tuple(_cell(result.candidate.bits, name) for name in names),
-                    result.candidate.average_bits,
-                )
-                for result in found.results
-            ),
+def bits_map(summary: Summary, of: Kind = "weights") -> BitsMap | None:
+    """Arrange every candidate's bits layer by layer, or tensor by tensor.
+
+    Args:
+        summary: The run.
+        of: Weights, or activations where they are searched.
+
+    Returns:
+        The map; None where there is nothing of the kind.
+    """
+    columns = _columns(summary, of)
+    if not columns:
+        return None
+    groups = []
+    for found in results_by_budget(summary):
+        rows = []
+        for result in found.results:
+            bits = by_owner(result.candidate.bits)
+            cells = tuple(_cell(bits, f"{PREFIX[of]}{column.name}") for column in columns)
+            average = _average(result.candidate, of)
+            rows.append(MapRow(result.candidate.method, result.twins, cells, average))
+        groups.append((found.budget.label, tuple(rows)))
+    return BitsMap(tuple(columns), tuple(groups))
+
+
+def _columns(summary: Summary, of: Kind) -> list[Column]:
+    members = [group for group in summary.tables.space if group["name"].startswith(PREFIX[of])]
+    total = sum(group["num_elements"] for group in members)
+    return [
+        Column(
+            group["name"].removeprefix(PREFIX[of]),
+            _share(group["num_elements"] / total),
+            len(group["menu"]) == 1,
         )
-        for found in results_by_budget(summary)
-    )
-    return BitsMap(tuple(_column(name, summary) for name in names), groups)
+        for group in members
+    ]
 
 
-def _layer(group: str) -> str:
-    """Name the column of a group: ``w:conv1[7]`` is in ``conv1``, ``a:conv1#0`` is its own."""
-    return _CHANNEL.sub("", group).removeprefix("w:")
+def _share(part: float) -> str:
+    return "<1" if part < 0.0095 else f"{100 * part:.0f}"
 
 
-def _column(name: str, summary: Summary) -> Column:
-    members = [group for group in summary.tables.space if _layer(group["name"]) == name]
-    is_weight = not name.startswith("a:")
-    share = 100 * sum(g["num_elements"] for g in members) / summary.model.num_quantizable
-    text = "<1" if share < 0.95 else f"{share:.0f}"
-    return Column(
-        name,
-        text if members and is_weight else "",
-        bool(members) and all(len(group["menu"]) == 1 for group in members),
-    )
+def _average(candidate: Candidate, of: Kind) -> float:
+    if of == "weights":
+        return candidate.average_bits
+    return candidate.activation_average_bits or 0.0
 
 
-def _cell(bits: dict[str, int], name: str) -> Cell:
-    chosen = [width for group, width in bits.items() if _layer(group) == name]
-    if not chosen:
+def _cell(found: Mapping[str, Bits], owner: str) -> Cell:
+    bits = found.get(owner)
+    if bits is None:
         return Cell("", "transparent", "inherit")
-    mean = fmean(chosen)
+    channels = bits if isinstance(bits, tuple) else (bits,)
+    widths, mean = sorted(set(channels)), fmean(channels)
     return Cell(
-        str(chosen[0]) if len(set(chosen)) == 1 else f"{mean:.1f}",
-        _shade((mean - 1) / 7),
+        str(widths[0]) if len(widths) == 1 else f"{mean:.1f}",
+        width_color(mean),
         "#ffffff" if mean > 4.5 else "#10243a",
+        " ".join(f"{b}:{channels.count(b)}" for b in widths) if isinstance(bits, tuple) else "",
     )
-
-
-def _shade(part: float) -> str:
-    return _hex(few + (many - few) * part for few, many in zip(_FEW, _MANY, strict=True))
-
-
-def _hex(channels: Iterable[float]) -> str:
-    return "#" + "".join(f"{round(min(max(channel, 0), 255)):02x}" for channel in channels)

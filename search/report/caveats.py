@@ -1,19 +1,24 @@
 """What a reader must know before believing the numbers."""
 
-from search.artefacts import Summary
+from search.artefacts import EigenvalueDocument, Summary, TraceArtefact
 from search.report.quantities import count, counted, significant
 from search.report.results import results_by_budget
+from search.report.trace_caveats import iteration_caveats
 
 __all__ = ["caveats"]
 
 
-def caveats(summary: Summary) -> list[str]:
+def caveats(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> list[str]:
     """Say what a reader must know before believing the numbers; empty if there is nothing."""
     return [
         *_split_caveat(summary),
-        *_curvature_caveats(summary),
+        *_curvature_caveats(summary.curvature, "layer"),
+        *_curvature_caveats(summary.curvature.activations, "activation tensor"),
+        *_eigenvalue_caveats(summary, eigenvalues),
         *_trial_caveats(summary),
         *_size_caveats(summary),
+        *_channel_caveats(summary),
+        *_latency_caveats(summary),
     ]
 
 
@@ -26,36 +31,43 @@ def _split_caveat(summary: Summary) -> list[str]:
     ]
 
 
-def _curvature_caveats(summary: Summary) -> list[str]:
-    curvature = summary.curvature
+def _curvature_caveats(traced: TraceArtefact | None, noun: str) -> list[str]:
+    if traced is None:
+        return []
     rows = list(
-        zip(
-            curvature.layers,
-            curvature.trace,
-            curvature.probe_error,
-            curvature.data_error,
-            strict=True,
-        )
+        zip(traced.layers, traced.trace, traced.probe_error, traced.data_error, strict=True)
     )
     found = []
-    if not curvature.converged:
-        loose = [name for name, t, probe, _ in rows if probe > curvature.rtol * abs(t)]
+    if not traced.converged:
+        loose = [name for name, t, probe, _ in rows if probe > traced.rtol * abs(t)]
         where = f" ({_listed(loose)})" if loose else ""
         found.append(
-            f"The traces had not converged after {counted(curvature.num_probes, 'probe')}: "
-            f"{counted(len(loose), 'layer')}{where} "
+            f"The traces had not converged after {counted(traced.num_probes, 'probe')}: "
+            f"{counted(len(loose), noun)}{where} "
             f"{'has' if len(loose) == 1 else 'have'} a probe error above "
-            f"{significant(100 * curvature.rtol)} % of the trace. Ω inherits that error."
+            f"{significant(100 * traced.rtol)} % of the trace. Ω inherits that error."
         )
-    if curvature.num_negative:
+    if traced.num_negative:
         negative = [name for name, t, _, _ in rows if t < 0]
         found.append(
-            f"{curvature.num_negative} of {counted(len(rows), 'trace')} "
-            f"{'is' if curvature.num_negative == 1 else 'are'} negative ({_listed(negative)}) and "
-            f"{'counts' if curvature.num_negative == 1 else 'count'} as zero in Ω: "
+            f"{traced.num_negative} of {counted(len(rows), 'trace')} "
+            f"{'is' if traced.num_negative == 1 else 'are'} negative ({_listed(negative)}) and "
+            f"{'counts' if traced.num_negative == 1 else 'count'} as zero in Ω: "
             "the methods see no cost in quantizing there."
         )
     return found
+
+
+def _eigenvalue_caveats(summary: Summary, eigenvalues: EigenvalueDocument | None) -> list[str]:
+    if eigenvalues is None:
+        return []
+    theirs, ours = eigenvalues.weights_sha256, summary.model.weights_sha256
+    if theirs != ours:
+        return [
+            f"The top eigenvalues in the run’s folder are of other weights ({theirs[:12]}) than "
+            f"the searched ({ours[:12]}) and are not shown."
+        ]
+    return iteration_caveats(eigenvalues)
 
 
 def _trial_caveats(summary: Summary) -> list[str]:
@@ -81,11 +93,34 @@ def _trial_caveats(summary: Summary) -> list[str]:
 
 def _size_caveats(summary: Summary) -> list[str]:
     return [
-        f"Over budget: {result.candidate.method}, {group.budget.label}: "
-        f"{count(result.candidate.weight_bits)} bits, allowed are {count(group.budget.limit_bits)}."
+        f"Over budget: {result.candidate.method}, {group.budget.label}: {name} "
+        f"{count(result.candidate.costs[name])}, allowed are {count(limit)}."
         for group in results_by_budget(summary)
         for result in group.results
-        if result.candidate.weight_bits > group.budget.limit_bits
+        for name, limit in group.budget.limits.items()
+        if result.candidate.costs[name] > limit
+    ]
+
+
+def _channel_caveats(summary: Summary) -> list[str]:
+    candidates = summary.candidates.candidates
+    found = dict.fromkeys(c.method for c in candidates if c.granularity == "channel")
+    if not found:
+        return []
+    return [
+        f"Allocations of {' and '.join(found)} need a runtime that takes a width for every "
+        "channel. Few do: elsewhere they are smaller files and no faster. The widths’ own bits are "
+        "in the stored size, not in the size that a budget limits."
+    ]
+
+
+def _latency_caveats(summary: Summary) -> list[str]:
+    if not any("latency_ns" in c.costs for c in summary.candidates.candidates):
+        return []
+    path = summary.config.get("latency")
+    return [
+        f"Latencies are sums of the layers’ in the latency table{f' {path}' if path else ''}: what "
+        "runs between layers is not in them, and no candidate itself was timed."
     ]
 
 

@@ -4,21 +4,36 @@ Plotly reads a small HTML in every label, so names are escaped on their way in. 
 legend for all of them: a trace names its method in ``meta``.
 """
 
-import math
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
 import plotly.graph_objects as go
 
-from search.artefacts import FrontPoints, Score, Summary
+from hawq.allocate.front import evenly
+from hawq.space import Kind
+from search.artefacts import Candidate, CandidatesArtefact, FrontPoints, Score, Summary
 from search.report.canvas import FAINT, LABEL, canvas, make_logarithmic
 from search.report.palette import Look, looks
 from search.report.quantities import mib, percent, plus_minus, points
-from search.report.results import BudgetResults, Result, methods, results_by_budget
+from search.report.results import (
+    BudgetResults,
+    Result,
+    choices_by_budget,
+    methods,
+    results_by_budget,
+)
 
-__all__ = ["MAX_FRONT_POINTS", "accuracy_by_size", "fronts", "training_curves"]
+__all__ = [
+    "MAX_FRONT_POINTS",
+    "accuracy_by_size",
+    "fronts",
+    "num_hidden",
+    "training_curves",
+]
 
 MAX_FRONT_POINTS = 1000
+_BITS: dict[Kind, str] = {"weights": "weight_bits", "activations": "activation_bits"}
 
 
 def accuracy_by_size(summary: Summary) -> go.Figure:
@@ -28,7 +43,7 @@ def accuracy_by_size(summary: Summary) -> go.Figure:
     shown = [r.test for group in groups for r in group.results if r.test]
     reach = [s.score + sign * s.standard_error for s in [*shown, full] for sign in (-1, 1)]
     _draw_unquantized(figure, full)
-    order = methods(summary)
+    order = methods(summary.candidates)
     for method, look in looks(order).items():
         results = [r for g in groups for r in g.results if r.candidate.method == method]
         pairs = [(r, r.test) for r in results if r.test]
@@ -38,31 +53,56 @@ def accuracy_by_size(summary: Summary) -> go.Figure:
     margin = 0.12 * (max(reach) - min(reach)) + 0.002
     figure.update_yaxes(range=[100 * (min(reach) - margin), 100 * (max(reach) + 1.7 * margin)])
     sizes = [mib(r.candidate.weight_bits) for group in groups for r in group.results]
-    figure.update_xaxes(range=_padded([*sizes, *(mib(g.budget.limit_bits) for g in groups)]))
+    limits = [mib(bits) for g in groups if (bits := g.budget.weight_bits) is not None]
+    figure.update_xaxes(range=_padded([*sizes, *limits]))
     return figure
 
 
-def fronts(summary: Summary) -> go.Figure:
-    """Draw what each method could offer: Ω against size, with what it chose marked."""
-    figure = canvas("Weights (MiB)", "Sensitivity Ω of the whole network")
-    groups = results_by_budget(summary)
-    offered = {front.method: front for front in summary.candidates.fronts}
-    order = methods(summary)
+def fronts(found: CandidatesArtefact, of: Kind = "weights") -> go.Figure:
+    """Draw what each method could offer: Ω against size, with what it chose marked.
+
+    Args:
+        found: The fronts, and the candidates where there are any.
+        of: Weights, or activations where they are searched.
+    """
+    size = {"weights": "Weights (MiB)", "activations": "Activations of one example (MiB)"}[of]
+    figure = canvas(size, f"Sensitivity Ω of all {of}")
+    groups = choices_by_budget(found)
+    offered = {front.method: front for front in found.fronts if front.of == of}
+    order = methods(found)
     for method, look in looks(order).items():
         chosen = [r for g in groups for r in g.results if r.candidate.method == method]
         if method in offered:
             figure.add_trace(_front(offered[method], look))
         if chosen:
-            figure.add_trace(_chosen(chosen, look, after=order[order.index(method) + 1 :]))
-    _mark_budgets(figure, groups)
+            after = order[order.index(method) + 1 :]
+            figure.add_trace(_chosen(chosen, look, after, of))
+    _mark_budgets(figure, groups, of)
     shown = [omega for trace in figure.data for omega in trace.y if omega] or [1.0]
     make_logarithmic(figure, min(shown) / 1.5, 1.5 * max(shown))
     return figure
 
 
+def num_hidden(found: CandidatesArtefact) -> int:
+    """Count the points of fronts and choices whose Ω is zero, which a logarithm cannot show."""
+    shown = [omega for front in found.fronts for omega in front.sensitivity]
+    for candidate in found.candidates:
+        shown.append(candidate.weight_sensitivity)
+        if candidate.activation_sensitivity is not None:
+            shown.append(candidate.activation_sensitivity)
+    return sum(omega <= 0 for omega in shown)
+
+
+def _sensitivity(candidate: Candidate, of: Kind) -> float:
+    """Return the weights' or the activations' part of a candidate's Ω."""
+    if of == "weights":
+        return candidate.weight_sensitivity
+    return candidate.activation_sensitivity or 0.0
+
+
 def training_curves(summary: Summary) -> dict[str, go.Figure]:
     """Draw the search score of every trial by epoch, one figure a budget on one scale."""
-    groups, look = results_by_budget(summary), looks(methods(summary))
+    groups, look = results_by_budget(summary), looks(methods(summary.candidates))
     epochs = [epoch for trial in summary.trials.trials for epoch in trial.epochs]
     reach = [100 * epoch.search_score for epoch in epochs] + [100 * summary.model.search_score]
     last = max([epoch.epoch for epoch in epochs], default=1)
@@ -144,31 +184,36 @@ def _rings(results: Sequence[Result], after: Sequence[str]) -> list[int]:
 
 
 def _front(front: FrontPoints, look: Look) -> go.Scatter:
-    step = max(1, math.ceil(len(front.weight_bits) / MAX_FRONT_POINTS))
-    # Counted from the end, so that thinning keeps the least Ω; zero has no place on a logarithm.
+    # Zero has no place on a logarithm.
     kept = [
-        (size, omega)
-        for size, omega in list(zip(front.weight_bits, front.sensitivity, strict=True))[::-step]
-        if omega > 0
-    ][::-1]
+        (front.bits[i], front.sensitivity[i])
+        for i in evenly(np.array(front.bits, np.int64), MAX_FRONT_POINTS)
+        if front.sensitivity[i] > 0
+    ]
     return go.Scatter(
         meta=front.method,
         x=[mib(size) for size, _ in kept],
         y=[omega for _, omega in kept],
         mode="lines",
-        # Between two points, the smaller one is the best that fits.
-        line={"color": look.color, "width": 1.6, "dash": look.dash, "shape": "hv"},
+        line={
+            "color": look.color,
+            "width": 1.6,
+            "dash": look.dash,
+            # Between two points of a front the smaller one is the best that fits. Between two of a
+            # hull there are others, which the hull is a lower bound of.
+            "shape": "linear" if front.is_hull else "hv",
+        },
         text=[escape(front.method)] * len(kept),
         hovertemplate="%{text}<br>%{x:.3~g} MiB<br>Ω %{y:.3~g}<extra></extra>",
     )
 
 
-def _chosen(results: list[Result], look: Look, after: Sequence[str]) -> go.Scatter:
-    drawn = [result for result in results if result.candidate.sensitivity > 0]
+def _chosen(results: list[Result], look: Look, after: Sequence[str], of: Kind) -> go.Scatter:
+    drawn = [result for result in results if _sensitivity(result.candidate, of) > 0]
     return go.Scatter(
         meta=results[0].candidate.method,
-        x=[mib(result.candidate.weight_bits) for result in drawn],
-        y=[result.candidate.sensitivity for result in drawn],
+        x=[mib(result.candidate.costs[_BITS[of]]) for result in drawn],
+        y=[_sensitivity(result.candidate, of) for result in drawn],
         mode="markers",
         marker={
             "color": look.color,
@@ -204,10 +249,13 @@ def _curve(result: Result, look: Look) -> go.Scatter:
     )
 
 
-def _mark_budgets(figure: go.Figure, groups: Sequence[BudgetResults]) -> None:
+def _mark_budgets(figure: go.Figure, groups: Sequence[BudgetResults], of: Kind = "weights") -> None:
     for group in groups:
+        bits = group.budget.limits.get(_BITS[of])
+        if bits is None:
+            continue
         figure.add_vline(
-            x=mib(group.budget.limit_bits),
+            x=mib(bits),
             line={"color": "#9aa5b1", "width": 1, "dash": "dash"},
             layer="below",
             annotation={

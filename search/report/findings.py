@@ -6,6 +6,7 @@ difference; a difference of less than two standard errors is called what it is, 
 
 from dataclasses import dataclass
 
+from hawq.space import PREFIX, Kind
 from search.artefacts import Score, Summary, TestArtefact
 from search.report.quantities import count, counted, mib, percent, plus_minus, points, significant
 from search.report.results import BudgetResults, Result, methods, results_by_budget
@@ -32,15 +33,14 @@ class Verdict:
 
 def searched(summary: Summary) -> str:
     """Say in a sentence or two what was searched, and on what it was measured."""
-    model, tables = summary.model, summary.tables
-    found, budgets = methods(summary), summary.candidates.budgets
-    widths = ", ".join(map(str, tables.widths))
+    model = summary.model
+    found, budgets = methods(summary.candidates), summary.candidates.budgets
     return (
         f"Bits for the weights of {counted(len(summary.curvature.layers), 'layer')} "
         f"({count(model.num_quantizable)} of {count(model.num_parameters)} parameters), "
-        f"from {widths}: {counted(len(found), 'method')} under "
-        f"{counted(len(budgets), 'budget')}.{_activations(summary)} Each candidate was fine-tuned "
-        f"alike and scored once ({model.score_name}) on "
+        f"from {_widths(summary, 'weights')}: {counted(len(found), 'method')} under "
+        f"{counted(len(budgets), 'budget')}.{_activations(summary)}{_channels(summary)} Each "
+        f"candidate was fine-tuned alike and scored once ({model.score_name}) on "
         f"{counted(summary.test.num_examples, 'test example')}."
     )
 
@@ -51,11 +51,9 @@ def verdicts(summary: Summary) -> list[Verdict]:
     The method is the one whose candidate is best on the search split, so that the test split
     chooses nothing. The reference is uniform; without it, the runner-up on the search split.
     """
-    weights = summary.model.num_quantizable
     return [
         Verdict(
-            budget=f"{group.budget.label} ({significant(mib(group.budget.limit_bits))} MiB, "
-            f"{significant(group.budget.limit_bits / weights)} bits on average)",
+            budget=_budget(group, summary),
             scores=_scores(group, summary.test.unquantized),
             difference=_difference(group, summary.test),
         )
@@ -63,7 +61,50 @@ def verdicts(summary: Summary) -> list[Verdict]:
     ]
 
 
+def _budget(group: BudgetResults, summary: Summary) -> str:
+    """Name a budget, with the sizes that it limits in MiB and in bits on average."""
+    sizes = []
+    limits, alone = group.budget.limits, "activation_bits" not in group.budget.limits
+    if "weight_bits" in limits:
+        num, bits = summary.model.num_quantizable, limits["weight_bits"]
+        sizes.append(f"{'' if alone else 'weights '}{_size(bits, num)}")
+    if "activation_bits" in limits and summary.curvature.activations is not None:
+        num, bits = sum(summary.curvature.activations.num_elements), limits["activation_bits"]
+        sizes.append(f"activations {_size(bits, num)}")
+    return f"{group.budget.label} ({'; '.join(sizes)})" if sizes else group.budget.label
+
+
+def _size(bits: int, num_elements: int) -> str:
+    return f"{significant(mib(bits))} MiB, {significant(bits / num_elements)} bits on average"
+
+
+def _widths(summary: Summary, of: Kind) -> str:
+    """List the widths that some layer or tensor, or a channel of one, may receive."""
+    tables = [summary.tables, *([summary.tables.channels] if summary.tables.channels else [])]
+    found = {
+        bits
+        for table in tables
+        for group in table.space
+        if group["name"].startswith(PREFIX[of])
+        for bits in group["menu"]
+    }
+    return ", ".join(map(str, sorted(found)))
+
+
+def _channels(summary: Summary) -> str:
+    candidates = summary.candidates.candidates
+    found = dict.fromkeys(c.method for c in candidates if c.granularity == "channel")
+    if not found:
+        return ""
+    gives = "gives" if len(found) == 1 else "give"
+    return f" Of the methods, {' and '.join(found)} {gives} every channel bits of its own."
+
+
 def _activations(summary: Summary) -> str:
+    activations = summary.curvature.activations
+    if activations is not None:
+        tensors = counted(len(activations.layers), "activation tensor")
+        return f" With them, those of {tensors}, from {_widths(summary, 'activations')}."
     section = summary.config.get("activations")
     if not isinstance(section, dict) or "bits" not in section:
         return ""

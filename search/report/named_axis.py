@@ -1,11 +1,14 @@
 """A horizontal axis of names, and error bars over it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-__all__ = ["error_bars", "show_names"]
+__all__ = ["error_bars", "make_room", "show_names"]
+
+# In pixels: a phone’s width, a letter of an axis, and what figures have for names as they are.
+_NARROW, _LETTER, _ROOM = 320, 7, 112
 
 
 def show_names(figure: go.Figure, names: Sequence[str]) -> None:
@@ -18,6 +21,22 @@ def show_names(figure: go.Figure, names: Sequence[str]) -> None:
         dtick=1,
         title_standoff=8,
     )
+
+
+def make_room(figures: Mapping[str, go.Figure], names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Give the figures room for names on their axes; return their least widths and heights.
+
+    Figures without names, the surfaces, stay as they are.
+    """
+    sizes = {}
+    for id_, figure in figures.items():
+        width = _NARROW
+        if figure.layout.xaxis.tickangle is not None:
+            room = max(0, _LETTER * max(len(name) for name in names) - _ROOM)
+            figure.update_layout(height=figure.layout.height + room)
+            width = max(width, 110 + 17 * len(names))
+        sizes[id_] = (width, figure.layout.height)
+    return sizes
 
 
 def error_bars(

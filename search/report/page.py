@@ -2,40 +2,68 @@
 
 import yaml
 
-from search.artefacts import Summary
+from search.artefacts import EigenvalueDocument, Summary
 from search.report.bits_map import bits_map
+from search.report.calibration_findings import trust
 from search.report.caveats import caveats
+from search.report.cost_columns import cost_columns
+from search.report.eigenvalue_parts import block_figures, has_holes
 from search.report.estimators import ESTIMATORS
 from search.report.figures import (
     MAX_FRONT_POINTS,
     accuracy_by_size,
     fronts,
+    num_hidden,
     training_curves,
 )
 from search.report.findings import searched, verdicts
+from search.report.named_axis import make_room
 from search.report.palette import looks
 from search.report.results import methods, results_by_budget
 from search.report.template import fill
 from search.report.trace_figure import traces
+from search.report.trace_findings import iterated
+from search.report.width_figure import channel_widths
 
 __all__ = ["render"]
 
 
-def render(summary: Summary) -> str:
+def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> str:
     """Write the report of a run as one HTML page.
 
-    The page holds its figures and plotly.js once, loads nothing, and depends on the summary
+    The page holds its figures and plotly.js once, loads nothing, and depends on the arguments
     alone: equal summaries give equal pages.
+
+    Args:
+        summary: The run.
+        eigenvalues: Of the blocks of the network; left out, with a caveat, where they are of other
+            weights than the run's.
 
     Returns:
         HTML to be written as UTF-8.
     """
+    shown = eigenvalues
+    if shown is not None and shown.weights_sha256 != summary.model.weights_sha256:
+        shown = None
+    of_blocks = {} if shown is None else block_figures(shown)
+    trusted = trust(summary)
     curves = training_curves(summary)
+    activation_map = bits_map(summary, "activations")
+    widths, width_sizes = channel_widths(summary)
+    columns = cost_columns(summary)
     figures = {
         "accuracy-figure": accuracy_by_size(summary),
-        "fronts-figure": fronts(summary),
+        "fronts-figure": fronts(summary.candidates),
+        **(
+            {"activation-fronts-figure": fronts(summary.candidates, "activations")}
+            if activation_map
+            else {}
+        ),
         "traces-figure": traces(summary.curvature),
+        **{f"widths-figure-{i}": figure for i, figure in enumerate(widths.values())},
         **{f"curve-figure-{i}": figure for i, figure in enumerate(curves.values())},
+        **(trusted.figures if trusted else {}),
+        **of_blocks,
     }
     return fill(
         "page.html",
@@ -43,27 +71,27 @@ def render(summary: Summary) -> str:
         summary=summary,
         searched=searched(summary),
         verdicts=verdicts(summary),
-        caveats=caveats(summary),
+        caveats=caveats(summary, eigenvalues),
         groups=results_by_budget(summary),
-        looks=looks(methods(summary)),
+        looks=looks(methods(summary.candidates)),
+        columns=columns,
+        headings=[column.heading for column in columns],
         has_evaluations=any(c.evaluations > 1 for c in summary.candidates.candidates),
         map=bits_map(summary),
+        activation_map=activation_map,
+        widths=list(zip(widths, width_sizes, strict=True)),
         estimator=ESTIMATORS[summary.curvature.estimator],
+        trust=trusted,
+        eigenvalues=shown,
+        iterated=iterated,
+        has_holes=has_holes,
+        sizes=make_room(of_blocks, [block.block for block in shown.blocks] if shown else []),
         curves=list(curves),
-        hidden=_hidden_points(summary),
-        is_thinned=any(
-            len(front.weight_bits) > MAX_FRONT_POINTS for front in summary.candidates.fronts
-        ),
+        hulls=[f.method for f in summary.candidates.fronts if f.is_hull and f.of == "weights"],
+        hidden=num_hidden(summary.candidates),
+        is_thinned=any(len(front.bits) > MAX_FRONT_POINTS for front in summary.candidates.fronts),
         max_front_points=MAX_FRONT_POINTS,
         config=yaml.safe_dump(
             summary.model_dump(mode="json")["config"], sort_keys=False, allow_unicode=True
         ),
     )
-
-
-def _hidden_points(summary: Summary) -> int:
-    """Count the points of the fronts whose Ω is zero, which a logarithm cannot show."""
-    candidates = summary.candidates
-    offered = [omega for front in candidates.fronts for omega in front.sensitivity]
-    chosen = [candidate.sensitivity for candidate in candidates.candidates]
-    return sum(omega <= 0 for omega in [*offered, *chosen])

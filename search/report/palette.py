@@ -1,9 +1,9 @@
-"""How a method looks, in every figure and table of a report alike."""
+"""How a method and a bit-width look, in every figure and table of a report alike."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Look", "looks"]
+__all__ = ["Look", "looks", "width_color"]
 
 # Okabe and Ito (2008), told apart with any colour vision; without their yellow, too pale on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -20,6 +20,7 @@ _PATHS = {
     "cross": "M-1.6-5.5H1.6V-1.6H5.5V1.6H1.6V5.5H-1.6V1.6H-5.5V-1.6H-1.6Z",
 }
 _DASHES = ("solid", "dash", "dot", "dashdot")
+_FEW, _MANY = (0xF3, 0xF7, 0xFB), (0x08, 0x35, 0x68)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +47,10 @@ def looks(methods: Sequence[str]) -> dict[str, Look]:
         )
         for i, method in enumerate(methods)
     }
+
+
+def width_color(bits: float) -> str:
+    """Shade a width, or a mean of widths: the darker, the more bits, from 1 to 8."""
+    part = min(max((bits - 1) / 7, 0), 1)
+    mixed = (few + (many - few) * part for few, many in zip(_FEW, _MANY, strict=True))
+    return "#" + "".join(f"{round(channel):02x}" for channel in mixed)

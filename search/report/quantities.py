@@ -13,6 +13,7 @@ __all__ = [
     "plus_minus",
     "points",
     "significant",
+    "with_error",
 ]
 
 _MINUS, _NO_BREAK = "−", "\u00a0"
@@ -44,6 +45,17 @@ def significant(value: float) -> str:
         return f"{float(mantissa):g}e{int(exponent)}".replace("-", _MINUS)
     decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
     return f"{rounded:,.{decimals}f}".replace("-", _MINUS)
+
+
+def with_error(value: float, error: float) -> str:
+    """Write a number as far as its standard error goes: ``6.14 ± 0.84``, ``1,230 ± 150``."""
+    if not 0 < error < 1e6:
+        return f"{significant(value)}{_NO_BREAK}±{_NO_BREAK}{significant(error)}"
+    decimals = 1 - math.floor(math.log10(error))
+    if decimals > 6:
+        return f"{significant(value)}{_NO_BREAK}±{_NO_BREAK}{significant(error)}"
+    shown = [f"{round(x, decimals):,.{max(0, decimals)}f}" for x in (value, error)]
+    return f"{shown[0].replace('-', _MINUS)}{_NO_BREAK}±{_NO_BREAK}{shown[1]}"
 
 
 def mib(bits: int) -> float:

@@ -1,10 +1,11 @@
 """What became of each candidate: its trial and its score, joined by the allocation's digest."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from search.artefacts import BudgetLimit, Candidate, Score, Summary, Trial
+from search.artefacts import BudgetLimit, Candidate, CandidatesArtefact, Score, Summary, Trial
 
-__all__ = ["BudgetResults", "Result", "methods", "results_by_budget"]
+__all__ = ["BudgetResults", "Result", "choices_by_budget", "methods", "results_by_budget"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,41 +49,53 @@ class BudgetResults:
     without_candidate: tuple[str, ...]
 
 
-def methods(summary: Summary) -> tuple[str, ...]:
+def methods(found: CandidatesArtefact) -> tuple[str, ...]:
     """Name every method once, in order of first appearance."""
-    candidates = summary.candidates
-    named = [c.method for c in candidates.candidates] + [f.method for f in candidates.fronts]
+    named = [c.method for c in found.candidates] + [f.method for f in found.fronts]
     return tuple(dict.fromkeys(named))
 
 
 def results_by_budget(summary: Summary) -> tuple[BudgetResults, ...]:
     """Join candidates, trials and test scores, budget by budget."""
-    searched = tuple(dict.fromkeys(c.method for c in summary.candidates.candidates))
+    return choices_by_budget(summary.candidates, summary.trials.trials, summary.test.scores)
+
+
+def choices_by_budget(
+    found: CandidatesArtefact,
+    trials: Sequence[Trial] = (),
+    scores: Mapping[str, Score] | None = None,
+) -> tuple[BudgetResults, ...]:
+    """Join candidates with what is known of them so far, budget by budget."""
+    searched = tuple(dict.fromkeys(c.method for c in found.candidates))
     groups = []
-    for budget in summary.candidates.budgets:
-        chosen = [c for c in summary.candidates.candidates if c.budget == budget.label]
+    for budget in found.budgets:
+        chosen = [c for c in found.candidates if c.budget == budget.label]
         present = {candidate.method for candidate in chosen}
         groups.append(
             BudgetResults(
                 budget,
-                tuple(_result(summary, candidate, chosen) for candidate in chosen),
+                tuple(_result(found, c, chosen, trials, scores or {}) for c in chosen),
                 tuple(method for method in searched if method not in present),
             )
         )
     return tuple(groups)
 
 
-def _result(summary: Summary, candidate: Candidate, chosen: list[Candidate]) -> Result:
-    digest, tested = candidate.digest, summary.test.scores
+def _result(
+    found: CandidatesArtefact,
+    candidate: Candidate,
+    chosen: Sequence[Candidate],
+    trials: Sequence[Trial],
+    tested: Mapping[str, Score],
+) -> Result:
+    digest = candidate.digest
     scores = {c.digest: tested[c.digest].score for c in chosen if c.digest in tested}
     equal = [
-        other
-        for other in summary.candidates.candidates
-        if other.digest == digest and other is not candidate
+        other for other in found.candidates if other.digest == digest and other is not candidate
     ]
     return Result(
         candidate=candidate,
-        trial=next((t for t in summary.trials.trials if t.digest == digest), None),
+        trial=next((t for t in trials if t.digest == digest), None),
         test=tested.get(digest),
         twins=tuple(other.method for other in equal if other.budget == candidate.budget),
         elsewhere=tuple(

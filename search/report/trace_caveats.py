@@ -10,7 +10,7 @@ from search.report.eigenvalue_figure import by_sensitivity
 from search.report.quantities import count, counted
 from search.report.sites import Sites
 
-__all__ = ["eigenvalue_caveats", "trace_caveats"]
+__all__ = ["eigenvalue_caveats", "iteration_caveats", "trace_caveats"]
 
 _Ranked = TypeVar("_Ranked", TraceGroup, BlockEigenvalue)
 
@@ -44,22 +44,29 @@ def trace_caveats(found: TraceDocument, sites: Sites) -> list[str]:
 
 
 def eigenvalue_caveats(found: EigenvalueDocument) -> list[str]:
+    """Say what a reader of eigenvalues and of their order must know; empty if there is nothing."""
+    ranked = by_sensitivity(found.blocks)
+    order = _order("S", ranked, lambda block: block.block, _are_blocks_apart)
+    return [*iteration_caveats(found), *order]
+
+
+def iteration_caveats(found: EigenvalueDocument) -> list[str]:
     """Say what a reader of eigenvalues must know; empty if there is nothing."""
     caveats = []
     loose = [block.block for block in found.blocks if not block.converged]
     if loose:
         caveats.append(
-            f"The iteration of {_some(loose, len(found.blocks), 'block')} had not converged: the "
-            f"residual is above {_percent(found.rtol)} of |λ|."
+            f"The power iteration of {_some(loose, len(found.blocks), 'block')} had not "
+            f"converged: the residual is above {_percent(found.rtol)} of |λ|."
         )
     negative = [block.block for block in found.blocks if block.eigenvalue < 0]
     if negative:
         caveats.append(
             f"λ of {_some(negative, len(found.blocks), 'block')} is negative: the weights are not "
-            "at a minimum of the loss there, and S puts it last, however large |λ|."
+            "at a minimum of the loss there, and HAWQ’s order by λ / n puts it last, however large "
+            "|λ|."
         )
-    ranked = by_sensitivity(found.blocks)
-    return [*caveats, *_order("S", ranked, lambda block: block.block, _are_blocks_apart)]
+    return caveats
 
 
 def _are_traces_apart(larger: TraceGroup, smaller: TraceGroup) -> bool:

@@ -5,19 +5,17 @@ pages.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-
-import plotly.graph_objects as go
 
 from search.artefacts import EigenvalueDocument, TraceDocument
 from search.report.channel_figure import channels, num_drawn
 from search.report.channel_spread import spreads
-from search.report.eigenvalue_figure import by_sensitivity, eigenvalues, order
+from search.report.eigenvalue_figure import by_sensitivity, order
+from search.report.eigenvalue_parts import block_figures, has_holes
 from search.report.estimators import ESTIMATORS
+from search.report.named_axis import make_room
 from search.report.quantities import count, significant
 from search.report.share_figure import shares
 from search.report.sites import sites_of
-from search.report.surface_figure import Surface, surfaces
 from search.report.template import fill
 from search.report.trace_caveats import eigenvalue_caveats, trace_caveats
 from search.report.trace_figure import traces
@@ -27,8 +25,6 @@ __all__ = ["MAX_ROWS", "render_eigenvalues", "render_traces"]
 
 # More channels than that only crowd a page; they are in the document.
 MAX_ROWS = 1000
-# In pixels: a phone’s width, a letter of an axis, and what figures have for names as they are.
-_NARROW, _LETTER, _ROOM = 320, 7, 112
 
 
 def render_traces(found: TraceDocument) -> str:
@@ -51,7 +47,7 @@ def render_traces(found: TraceDocument) -> str:
         caveats=trace_caveats(found, sites),
         found=found,
         sites=sites,
-        sizes=_sizes(figures, sites.layers),
+        sizes=make_room(figures, sites.layers),
         num_channels=num_channels,
         num_drawn=num_drawn(sites),
         max_rows=MAX_ROWS,
@@ -71,19 +67,8 @@ def render_traces(found: TraceDocument) -> str:
 
 def render_eigenvalues(found: EigenvalueDocument) -> str:
     """Write the blocks' eigenvalues and the loss around two of them as one HTML page."""
-    drawn = surfaces(
-        [
-            Surface(s.block, (s.eigenvalues[0], s.eigenvalues[1]), s.offsets, s.losses)
-            for s in found.surfaces
-        ]
-    )
-    losses = [loss for surface in found.surfaces for row in surface.losses for loss in row]
     ranked = by_sensitivity(found.blocks)
-    figures = {
-        "eigenvalues-figure": eigenvalues(found.blocks),
-        "order-figure": order(found.blocks),
-        **{f"surface-figure-{i}": figure for i, figure in enumerate(drawn.values())},
-    }
+    figures = {**block_figures(found), "order-figure": order(found.blocks)}
     return fill(
         "eigenvalues.html",
         figures,
@@ -91,32 +76,15 @@ def render_eigenvalues(found: EigenvalueDocument) -> str:
         done=iterated(found),
         caveats=eigenvalue_caveats(found),
         found=found,
-        sizes=_sizes(figures, [block.block for block in found.blocks]),
+        sizes=make_room(figures, [block.block for block in found.blocks]),
         ranks={block.block: i for i, block in enumerate(ranked, 1)},
-        surfaces=found.surfaces,
-        has_holes=not all(map(math.isfinite, losses)),
+        has_holes=has_holes(found),
         facts={
             "method": "power iteration",
             "tolerance": f"{100 * found.rtol:g} % of |λ|, for the residual",
             **effort(found),
         },
     )
-
-
-def _sizes(figures: Mapping[str, go.Figure], names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Give the figures room for names on their axes; return their least widths and heights.
-
-    Figures without names, the surfaces, stay as they are.
-    """
-    sizes = {}
-    for id_, figure in figures.items():
-        width = _NARROW
-        if figure.layout.xaxis.tickangle is not None:
-            room = max(0, _LETTER * max(len(name) for name in names) - _ROOM)
-            figure.update_layout(height=figure.layout.height + room)
-            width = max(width, 110 + 17 * len(names))
-        sizes[id_] = (width, figure.layout.height)
-    return sizes
 
 
 def _measured(value: float, error: float) -> str:

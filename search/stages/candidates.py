@@ -1,82 +1,197 @@
 """Stage 4: what each method chooses under each budget."""
 
 import time
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
-
-from hawq.cost import average_bits, compression, total
+from hawq.allocate import InfeasibleBudgetError, InfeasibleBudgetsError, Verdict, lower_hull
+from hawq.allocate.front import evenly, merge_ties
+from hawq.cost import activation_bits, average_bits, compression, weight_bits
+from hawq.space import Kind
 from search.artefacts import BudgetLimit, Candidate, CandidatesArtefact, FrontPoints
+from search.config import Budget
+from search.errors import InputError
 from search.folder import content_hash
-from search.searchers import SEARCHERS, Problem, Tables
+from search.searchers import SEARCHERS, Problem, Rules
 from search.stages.search import Search
+from search.tables import Tables
 
-__all__ = ["inputs", "make"]
+__all__ = ["MAX_HULL_POINTS", "candidate", "fronts", "inputs", "make"]
+
+# A hull has a point for every step of every channel: a picture needs no more than these.
+MAX_HULL_POINTS = 1000
+
+_NOUNS = {
+    "weight_bits": "weights",
+    "activation_bits": "activations",
+    "peak_activation_bits": "the activations' peak",
+    "bops": "bit operations",
+    "latency_ns": "latency",
+}
 
 
 def inputs(search: Search) -> dict[str, Any]:
     """Budgets, methods and the tables."""
     config = search.config.model_dump(mode="json")
     return {
-        "config": {key: config[key] for key in ("seed", "budgets", "methods")},
+        "config": {key: config[key] for key in ("seed", "budgets", "methods", "channels")},
         "tables": content_hash(search.tables.model_dump(mode="json")),
     }
 
 
 def make(search: Search) -> CandidatesArtefact:
     """Run every searcher under every budget."""
-    tables, config = _tables(search), search.config
-    limits = [(budget.label, budget.limit_bits(search.space)) for budget in config.budgets]
+    tables, config = Tables.of(search.tables), search.config
+    channels = Tables.of_channels(search.tables)
+    rules = Rules(config.channels.max_widths, config.channels.multiple)
     return CandidatesArtefact(
-        budgets=[BudgetLimit(label=label, limit_bits=bits) for label, bits in limits],
-        fronts=_fronts(search, tables),
+        budgets=[
+            BudgetLimit(label=budget.label, limits=budget.limits(tables.space))
+            for budget in config.budgets
+        ],
+        fronts=[found for method in config.methods for found in fronts(method, tables, channels)],
         candidates=[
-            _candidate(search, method, label, Problem(tables, bits, tables.proxy))
-            for label, bits in limits
+            candidate(method, budget, tables, channels, rules=rules, seed=config.seed)
+            for budget in config.budgets
             for method in config.methods
         ],
     )
 
 
-def _tables(search: Search) -> Tables:
-    tables = search.tables
-    sensitivity = [[np.inf if v is None else v for v in row] for row in tables.sensitivity]
-    return Tables(
-        search.space,
-        np.array(sensitivity),
-        np.array(tables.weight_bits, np.int64),
-        np.array(search.curvature.trace),
-    )
+def fronts(method: str, tables: Tables, channels: Tables | None = None) -> list[FrontPoints]:
+    """Return what a method can offer, over the size of the weights and of the activations.
 
+    Args:
+        method: Its name.
+        tables: Of layers and activation tensors.
+        channels: Of channels; None where there are none.
 
-def _fronts(search: Search, tables: Tables) -> list[FrontPoints]:
-    fronts = [(method, SEARCHERS[method].front(tables)) for method in search.config.methods]
+    Returns:
+        A method's own front; of one that gives every channel its own bits the lower convex hull,
+        thinned to ``MAX_HULL_POINTS``, each of which is an allocation.
+    """
+    searcher, kinds = SEARCHERS[method], get_args(Kind)
+    if searcher.by_channel:
+        hulls = [_hull(method, channels, kind) for kind in kinds if channels is not None]
+        return [hull for hull in hulls if hull is not None]
+    found = [(kind, searcher.front(tables, kind)) for kind in kinds]
     return [
         FrontPoints(
             method=method,
-            weight_bits=front.cost.tolist(),
+            of=kind,
+            bits=front.cost.tolist(),
             sensitivity=front.sensitivity.tolist(),
         )
-        for method, front in fronts
+        for kind, front in found
         if front is not None
     ]
 
 
-def _candidate(search: Search, method: str, budget: str, problem: Problem) -> Candidate:
+def _hull(method: str, channels: Tables, kind: Kind) -> FrontPoints | None:
+    part = channels.part(kind)
+    if part is None:
+        return None
+    tables, _ = part
+    space = tables.space
+    size = weight_bits(space) if kind == "weights" else activation_bits(space)
+    rows = merge_ties(space, tables.sensitivity, size)
+    hull = lower_hull(rows.sensitivity, rows.cost)
+    kept = evenly(hull.total_cost, MAX_HULL_POINTS)
+    return FrontPoints(
+        method=method,
+        of=kind,
+        bits=hull.total_cost[kept].tolist(),
+        sensitivity=hull.total[kept].tolist(),
+        is_hull=True,
+    )
+
+
+def candidate(
+    method: str,
+    budget: Budget,
+    tables: Tables,
+    channels: Tables | None,
+    *,
+    rules: Rules | None = None,
+    seed: int = 0,
+) -> Candidate:
+    """Let one method choose under one budget.
+
+    Args:
+        method: Its name.
+        budget: What the allocation may cost.
+        tables: Of layers and activation tensors.
+        channels: Of channels; None where there are none.
+        rules: For channels.
+        seed: Of whatever is random.
+
+    Raises:
+        InputError: If nothing is within the budget, a cost is not known, or there are no tables
+            of channels for a method that needs them.
+    """
     started = time.monotonic()
-    found = list(SEARCHERS[method].search(problem, evaluations=1, seed=search.config.seed))
-    best = max(found, key=lambda evaluation: evaluation.score).allocation
+    searcher = SEARCHERS[method]
+    used = channels if searcher.by_channel else tables
+    if used is None:
+        raise InputError(
+            f"{method}: needs the traces of channels, which this run has not: add {method} to the "
+            "config's methods before the search"
+        )
+    problem = Problem(used, used.budgets(budget.limits(used.space)), used.proxy, rules or Rules())
+    try:
+        found = list(searcher.search(problem, evaluations=1, seed=seed))
+    except InfeasibleBudgetError as error:
+        name = next(n for n, limit in budget.limits(used.space).items() if limit == error.budget)
+        least = budget.in_own_unit(used.space, name, error.minimum)
+        raise InputError(
+            f"budget {budget.label}: must allow {least} at least for {_NOUNS[name]}"
+        ) from error
+    except InfeasibleBudgetsError as error:
+        told = "; ".join(_verdict(verdict, budget, used) for verdict in error.verdicts)
+        raise InputError(f"budget {budget.label}: nothing is within it: {told}") from error
+    except ValueError as error:
+        raise InputError(f"{method} at {budget.label}: {error}") from error
+    evaluation = max(found, key=lambda e: e.score)
+    best = evaluation.allocation
     assert problem.fits(best), f"{method} must stay within its budget"
-    bits = total(problem.tables.weight_bits, search.space, best)
+    costs = {name: cost.of(used.space, best) for name, cost in used.costs.items()}
     return Candidate(
         method=method,
-        budget=budget,
+        budget=budget.label,
+        granularity="channel" if searcher.by_channel else "layer",
         digest=best.digest,
         bits=dict(zip(best.names, best.bits, strict=True)),
-        weight_bits=bits,
-        average_bits=average_bits(search.space, bits),
-        compression=compression(search.space, bits),
-        sensitivity=problem.tables.omega(best),
+        costs=costs,
+        **_ratios(used, costs),
+        sensitivity=used.omega(best),
+        activation_sensitivity=used.omega(best, "activations")
+        if "activation_bits" in costs
+        else None,
+        bound=evaluation.bound,
         evaluations=len(found),
         seconds=time.monotonic() - started,
     )
+
+
+def _verdict(verdict: Verdict, budget: Budget, tables: Tables) -> str:
+    def own(cost: int) -> str:
+        return budget.in_own_unit(tables.space, verdict.name, cost)
+
+    text = f"{_NOUNS[verdict.name]} at {own(verdict.limit)}"
+    if verdict.least is None:
+        return f"{text} (the least was not found in time)"
+    if not verdict.is_feasible_alone:
+        return f"{text} cannot be, even alone: at least {own(verdict.least)}"
+    if verdict.nearest is None:
+        return f"{text} can be, alone"
+    return f"{text} can be, alone; within the others at least {own(verdict.nearest)}"
+
+
+def _ratios(tables: Tables, costs: dict[str, int]) -> dict[str, Any]:
+    space, weights = tables.space, costs["weight_bits"]
+    activations = costs.get("activation_bits")
+    return {
+        "average_bits": average_bits(space, weights),
+        "compression": compression(space, weights),
+        "activation_average_bits": activations and average_bits(space, activations, "activations"),
+        "activation_compression": activations and compression(space, activations, "activations"),
+    }

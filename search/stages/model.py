@@ -8,6 +8,7 @@ import ray
 import torch
 from torch import Tensor
 
+from hawq.cost import num_elements
 from hawq.finetune import Recipe
 from hawq.task import Task
 from search.artefacts import ModelArtefact
@@ -48,7 +49,7 @@ def make(search: Search) -> ModelArtefact:
         {
             "weights_sha256": state_sha256(state),
             "num_parameters": sum(p.numel() for p in model.parameters()),
-            "num_quantizable": search.space.num_elements,
+            "num_quantizable": num_elements(search.space, "weights"),
             "source": source,
             "train_size": search.task.size("train"),
             "search_size": search.task.size("search"),

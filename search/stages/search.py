@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hawq.finetune import fixed_activations
+from hawq.reads import Reads
 from hawq.space import Space
 from hawq.task import Task
 from search.artefacts import (
@@ -30,7 +32,9 @@ class Search:
     Attributes:
         config: As resolved.
         task: Built from it.
-        space: What may be chosen.
+        reads: The network's layers and activation tensors, and who reads what.
+        space: What may be chosen, layer by layer and, where searched, tensor by tensor.
+        channels: The same by channels; None where no method needs it.
         checkpoint: Weights from the config's file; None where the network is trained here.
         folder: The run's folder, with what earlier stages left there.
         events: What happened.
@@ -39,7 +43,9 @@ class Search:
 
     config: SearchConfig
     task: Task
+    reads: Reads
     space: Space
+    channels: Space | None
     checkpoint: dict[str, Tensor] | None
     folder: RunFolder
     events: EventLog
@@ -48,7 +54,20 @@ class Search:
     @property
     def layers(self) -> list[str]:
         """Names of the layers whose weights are searched."""
-        return [name.removeprefix("w:") for name in self.space.names]
+        return [layer.name for layer in self.reads.layers]
+
+    @property
+    def activations(self) -> list[str]:
+        """Names of the activation tensors that those layers read."""
+        return [activation.name for activation in self.reads.activations]
+
+    @property
+    def fixed_activations(self) -> dict[str, int]:
+        """Bits of the activations that are not searched, as ``hawq.finetune.attach`` takes them."""
+        config = self.config
+        if config.searches_activations:
+            return {}
+        return fixed_activations(self.reads, config.activations.bits, config.activations.input_bits)
 
     @property
     def weights(self) -> dict[str, Tensor]:

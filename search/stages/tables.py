@@ -1,46 +1,183 @@
-"""Stage 3: Ω and size of every layer at every width."""
+"""Stage 3: Ω of every layer, tensor and channel at every width, and what costs come of."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from hawq.cost import weight_bits
-from hawq.quantizers import squared_errors
+from hawq.finetune import attach, sample_activations
+from hawq.quantizers import channel_errors
+from hawq.reads import Reads
 from hawq.sensitivity import omega
-from hawq.space import quantizable_layers
-from search.artefacts import TablesArtefact
+from hawq.space import Space, quantizable_layers
+from search.artefacts import (
+    CostSources,
+    GroupTables,
+    LayerLatency,
+    OperationEntry,
+    TablesArtefact,
+    TraceArtefact,
+)
 from search.folder import content_hash
+from search.latency import read_latency
 from search.stages.search import Search
+from search.trials import calibration_inputs
 
-__all__ = ["inputs", "make"]
+__all__ = ["inputs", "make", "sources"]
+
+# Squared errors of every channel: of each weight and each activation, shape (C, B).
+_Errors = dict[str, NDArray[np.float64]]
 
 
 def inputs(search: Search) -> dict[str, Any]:
-    """What may be chosen, and the traces."""
-    return {
-        "config": {"weights": search.config.weights.model_dump(mode="json")},
+    """What may be chosen, the traces, and the latency table."""
+    config = search.config
+    found = {
+        "config": {
+            "weights": config.weights.model_dump(mode="json"),
+            "activations": config.activations.model_dump(mode="json"),
+        },
+        "space": search.space.fingerprint,
+        "channels": None if search.channels is None else search.channels.fingerprint,
         "model": search.model.weights_sha256,
         "curvature": content_hash(search.curvature.model_dump(mode="json")),
     }
+    if config.latency is not None:
+        found["latency"] = content_hash(
+            [e.model_dump() for e in _latency(config.latency, search.reads)]
+        )
+    return found
 
 
 def make(search: Search) -> TablesArtefact:
-    """Price every layer at every width, with the quantizer that the trials use."""
-    space, model = search.space, search.task.model()
+    """Price every group at every width, with the quantizers that the trials use."""
+    model = search.task.model()
     model.load_state_dict(search.weights)
+    channels = search.channels
+    by_tensor = _activation_errors(search, model, search.space)
+    by_channel = _activation_errors(search, model, channels) if channels is not None else {}
+    return TablesArtefact(
+        **_groups(search, search.space, _weight_errors(search, model, search.space) | by_tensor),
+        **dict(sources(search)),
+        channels=None
+        if channels is None
+        else GroupTables(
+            **_groups(search, channels, _weight_errors(search, model, channels) | by_channel)
+        ),
+    )
+
+
+def sources(search: Search) -> CostSources:
+    """Return what costs are made of, besides the groups' elements.
+
+    Raises:
+        InputError: If the latency table is none.
+    """
+    reads, fixed = search.reads, search.fixed_activations
+    path = search.config.latency
+    return CostSources(
+        operations=[
+            OperationEntry(weight=f"w:{r.layer}", activation=read, macs=r.macs)
+            for r in reads.reads
+            for read in [fixed.get(f"a:{r.activation}", f"a:{r.activation}")]
+            if isinstance(read, int) or search.config.searches_activations
+        ],
+        alive=[[f"a:{name}" for name in step] for step in reads.alive],
+        latency_ns=None if path is None else _latency(path, reads),
+    )
+
+
+def _groups(search: Search, space: Space, errors: _Errors) -> dict[str, Any]:
+    """Put the groups of a space together, whatever they are of."""
+    traces, trace_errors = _traces(search, space)
+    squared = np.concatenate([errors[owner] for owner in _owners(space)])
+    scales = {f"w:{layer.name}": layer.num_channels for layer in search.reads.layers}
+    table = omega(space, traces, squared)
+    return {
+        "space": space.to_json(),
+        "space_fingerprint": space.fingerprint,
+        "widths": list(space.widths),
+        "sensitivity": [[v if np.isfinite(v) else None for v in row] for row in table.tolist()],
+        "squared_error": squared.tolist(),
+        "trace": traces.tolist(),
+        "trace_error": trace_errors.tolist(),
+        "num_scales": [1 if g.is_channel else scales.get(g.name, 1) for g in space.groups],
+    }
+
+
+def _owners(space: Space) -> list[str]:
+    """Name each layer and tensor once, in the order of the groups."""
+    return list(dict.fromkeys(f"{group.name[:2]}{group.owner}" for group in space.groups))
+
+
+def _traces(search: Search, space: Space) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    found: dict[str, tuple[float, float]] = {}
+    for prefix, traced in (("w:", search.curvature), ("a:", search.curvature.activations)):
+        if traced is None:
+            continue
+        errors = np.hypot(traced.probe_error, traced.data_error).tolist()
+        for name, trace, error in zip(traced.layers, traced.trace, errors, strict=True):
+            found[f"{prefix}{name}"] = (trace, error)
+        found |= _channel_traces(prefix, traced)
+    pairs = np.array([found[name] for name in space.names])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _channel_traces(prefix: str, traced: TraceArtefact) -> dict[str, tuple[float, float]]:
+    if traced.channel_trace is None or traced.channel_error is None:
+        return {}
+    return {
+        f"{prefix}{name}[{c}]": pair
+        for name, traces, errors in zip(
+            traced.layers, traced.channel_trace, traced.channel_error, strict=True
+        )
+        for c, pair in enumerate(zip(traces, errors, strict=True))
+    }
+
+
+def _weight_errors(search: Search, model: nn.Module, space: Space) -> _Errors:
     layers = quantizable_layers(model)
-    errors = []
+    errors: _Errors = {}
     for name in search.layers:
         weight = layers[name].weight
         assert isinstance(weight, Tensor)
-        errors.append(squared_errors(weight, space.widths).numpy())
-    table = omega(space, np.array(search.curvature.trace), np.stack(errors))
-    return TablesArtefact(
-        space=space.to_json(),
-        space_fingerprint=space.fingerprint,
-        widths=list(space.widths),
-        sensitivity=[[v if np.isfinite(v) else None for v in row] for row in table.tolist()],
-        squared_error=np.stack(errors).tolist(),
-        weight_bits=weight_bits(space).tolist(),
-    )
+        found = channel_errors(weight.detach().flatten(1), space.widths).numpy()
+        errors[f"w:{name}"] = found if space.groups[0].is_channel else found.sum(0, keepdims=True)
+    return errors
+
+
+def _activation_errors(search: Search, model: nn.Module, space: Space) -> _Errors:
+    """E‖Q_b(a) − a‖² of each tensor, or channel, with the ranges that trials start from."""
+    part = space.part("activations")
+    if part is None:
+        return {}
+    example = search.task.inputs(search.task.batch("train", torch.arange(1)))
+    quantized = search.task.model()
+    quantized.load_state_dict(model.state_dict())
+    attach(quantized, dict(zip(part.names, (g.menu[0] for g in part.groups), strict=True)), example)
+    samples = sample_activations(quantized, calibration_inputs(search.task, "cpu"))
+    sizes = {f"{g.name[:2]}{g.owner}": g.num_elements for g in part.groups}
+    errors: _Errors = {}
+    for name, size in sizes.items():
+        rows = samples[name[2:]]
+        signed = bool((rows < 0).any())
+        mean = channel_errors(rows, space.widths, signed=signed) / rows.shape[1]
+        errors[name] = size * mean.numpy()
+    return errors
+
+
+def _latency(path: str, reads: Reads) -> list[LayerLatency]:
+    """Read the table; a layer that reads several tensors has its times by weight bits alone."""
+    read: dict[str, set[str]] = {}
+    for call in reads.reads:
+        read.setdefault(call.layer, set()).add(call.activation)
+    several = [layer for layer, tensors in read.items() if len(tensors) > 1]
+    found = []
+    for layer, by_bits in read_latency(Path(path)).by_bits(several).items():
+        for key, ns in by_bits.items():
+            w, a = (key, None) if isinstance(key, int) else key
+            found.append(LayerLatency(layer=layer, weight_bits=w, activation_bits=a, ns=ns))
+    return found

@@ -1,4 +1,4 @@
-"""Stage 6: the one look at the test split."""
+"""Stage 7: the one look at the test split."""
 
 from itertools import combinations
 from typing import Any

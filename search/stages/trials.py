@@ -1,4 +1,4 @@
-"""Stage 5: every distinct allocation fine-tuned under one recipe, by Ray Tune."""
+"""Stage 6: every distinct allocation fine-tuned under one recipe, by Ray Tune."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def inputs(search: Search) -> dict[str, Any]:
         "config": {
             "seed": config["seed"],
             "finetune": config["finetune"],
-            "activations": config["activations"],
+            "activations": search.fixed_activations,
             "asha": config["trials"]["asha"],
         },
         "model": search.model.weights_sha256,
@@ -51,19 +51,19 @@ def specs(search: Search) -> list[TrialSpec]:
     config = search.config
     found: dict[str, TrialSpec] = {}
     for candidate in search.candidates:
+        space = search.channels if candidate.granularity == "channel" else search.space
+        assert space is not None
         key = evaluation_key(
-            Allocation.of(search.space, candidate.bits),
+            Allocation.of(space, candidate.bits),
             weights_sha256=search.model.weights_sha256,
             split="search",
-            quantizer=config.activations.model_dump(),
+            quantizer=search.fixed_activations,
             fidelity=config.finetune.model_dump() | {"asha": config.trials.asha},
             seed=config.seed,
         )
         found[candidate.digest] = TrialSpec(
             digest=candidate.digest,
-            layer_bits={name.removeprefix("w:"): bits for name, bits in candidate.bits.items()},
-            activation_bits=config.activations.bits,
-            input_bits=config.activations.input_bits,
+            bits=candidate.bits | search.fixed_activations,
             recipe=config.finetune.recipe(),
             seed=config.seed,
             folder=(search.folder.path / "trials" / key).resolve(),

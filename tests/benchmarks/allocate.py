@@ -45,7 +45,8 @@ from hawq.cost import (
     separable,
     weight_bits,
 )
-from hawq.space import Group, Space, quantizable_layers, weight_space
+from hawq.reads import weight_space
+from hawq.space import Group, Space, quantizable_layers
 from tests.benchmarks.record import ROOT, Row, record
 
 Found = TypeVar("Found")

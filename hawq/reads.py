@@ -1,0 +1,331 @@
+"""Who reads what: the layers of a network, the activation tensors that feed them, when each lives.
+
+One forward pass of one example tells it. An activation is a tensor, not a layer's input: a tensor
+with several readers is one, and a layer that runs several times reads several. A tensor is named
+after the layer that reads it first, ``LAYER#0``, ``LAYER#1`` for the layer's own first, second.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from hawq.space import Group, Space, evaluating, sharing_layers
+
+__all__ = ["Activation", "Layer", "Read", "Reads", "network_space", "read_network", "weight_space"]
+
+# What passes a layer's output on to a sum, channel by channel.
+_PASSING = {"batch_norm", "dropout", "interpolate", "contiguous", "clone"}
+_ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A weight that can be quantized, with the modules that share it.
+
+    Attributes:
+        name: Of the first of them.
+        num_elements: Weights.
+        num_channels: Output channels, the weight's first axis.
+        macs: Multiply-accumulates for one example, over all its calls.
+    """
+
+    name: str
+    num_elements: int
+    num_channels: int
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A tensor that one or more layers read.
+
+    Attributes:
+        name: ``LAYER#i``.
+        num_elements: Of one example.
+        num_channels: Channels.
+        is_input: Whether it is the network's own input.
+    """
+
+    name: str
+    num_elements: int
+    num_channels: int
+    is_input: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One call of a layer.
+
+    Attributes:
+        layer: Name of the layer, as in ``Reads.layers``.
+        module: Name of the module that was called; not the layer's own where several share it.
+        activation: Name of the tensor that it read.
+        macs: Multiply-accumulates for one example.
+    """
+
+    layer: str
+    module: str
+    activation: str
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What one forward pass did.
+
+    Attributes:
+        layers: In the order of registration; one that never ran has no MACs.
+        activations: In the order in which they were first read.
+        reads: The calls, in order.
+        alive: For each call, the activations that are in memory while it runs: what it reads, what
+            comes of its output before the next call, and what something later still needs. Tensors
+            that no layer reads are not among them.
+        sums: Layers whose outputs are added to each other, directly or after batch-norm.
+    """
+
+    layers: tuple[Layer, ...]
+    activations: tuple[Activation, ...]
+    reads: tuple[Read, ...]
+    alive: tuple[tuple[str, ...], ...]
+    sums: tuple[tuple[str, ...], ...]
+
+
+def read_network(model: nn.Module, inputs: Tensor) -> Reads:
+    """Run a network once, in eval mode, and tell who read what.
+
+    Args:
+        model: The network.
+        inputs: What it takes, shape (N, …); only the first example is used.
+
+    Raises:
+        ValueError: If the network has no layer that can be quantized.
+    """
+    sharing = sharing_layers(model)
+    if not sharing:
+        kinds = sorted({type(m).__name__ for m in model.modules()})
+        raise ValueError(
+            "the network must hold a convolution or a linear layer to quantize, "
+            f"got only {', '.join(kinds)}"
+        )
+    watch = _Watch(inputs[:1])
+    modules = {id(module): name for name, module in model.named_modules()}
+    handles = []
+    for name, sharers in sharing.items():
+        for module in sharers:
+            called = modules[id(module)]
+            handles.append(module.register_forward_pre_hook(watch.reader(called)))
+            handles.append(module.register_forward_hook(watch.writer(name, called)))
+    try:
+        with torch.no_grad(), evaluating(model), watch:
+            model(watch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    macs = dict.fromkeys(sharing, 0)
+    for read in watch.reads:
+        macs[read.layer] += read.macs
+    layers = []
+    for name, (module, *_) in sharing.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        layers.append(Layer(name, weight.numel(), len(weight), macs[name]))
+    alive = tuple(
+        tuple(s.activation.name for s in watch.seen if s.born < following and step <= s.needed)
+        for step, following in pairwise([*watch.steps, inf])
+    )
+    return Reads(
+        tuple(layers),
+        tuple(seen.activation for seen in watch.seen),
+        tuple(watch.reads),
+        alive,
+        tuple(tuple(name for name in sharing if name in members) for members in watch.sums),
+    )
+
+
+def network_space(
+    reads: Reads,
+    weights: Sequence[int],
+    activations: Sequence[int] | None = None,
+    *,
+    by_channel: bool = False,
+) -> Space:
+    """Make the space of a network's weights and, if asked for, its activations.
+
+    Args:
+        reads: The network's layers and tensors.
+        weights: Bit-widths that every layer may receive; 0 for its channels alone.
+        activations: Bit-widths that every activation tensor may receive; None leaves them out.
+        by_channel: Whether every output channel, and channel of an activation, is a group.
+    """
+    macs_of = dict.fromkeys((a.name for a in reads.activations), 0)
+    for read in reads.reads:
+        macs_of[read.activation] += read.macs
+    groups = [
+        group
+        for layer in reads.layers
+        for group in _groups(f"w:{layer.name}", layer, layer.macs, weights, by_channel)
+    ]
+    if activations is not None:
+        groups += [
+            group
+            for tensor in reads.activations
+            for group in _groups(
+                f"a:{tensor.name}", tensor, macs_of[tensor.name], activations, by_channel
+            )
+        ]
+    return Space(tuple(groups))
+
+
+def weight_space(model: nn.Module, inputs: Tensor, menu: Sequence[int]) -> Space:
+    """Make the space of all layers' weights, one group a layer, of a network.
+
+    Args:
+        model: The network; it is run once, in eval mode.
+        inputs: What the network takes, shape (N, …); only the first example is used.
+        menu: Bit-widths that every layer may receive.
+
+    Raises:
+        ValueError: If the network has no quantizable layer.
+    """
+    return network_space(read_network(model, inputs), menu)
+
+
+def _groups(
+    name: str, of: Layer | Activation, macs: int, menu: Sequence[int], by_channel: bool
+) -> list[Group]:
+    widths = tuple(sorted(menu))
+    if not by_channel:
+        return [Group(name, of.num_elements, macs, tuple(b for b in widths if b))]
+    channels, size = of.num_channels, of.num_elements // of.num_channels
+    return [Group(f"{name}[{c}]", size, macs // channels, widths) for c in range(channels)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """An activation, the step that made it, and the last one that needs it."""
+
+    activation: Activation
+    born: int
+    needed: int
+
+
+@dataclass(slots=True)
+class _Made:
+    """A tensor that is kept, lest its identity pass to another one.
+
+    Attributes:
+        tensor: Itself.
+        step: That made it.
+        needed: The last step that took it.
+        layers: Whose outputs it is the sum of, while nothing but batch-norm came between.
+    """
+
+    tensor: Tensor
+    step: int
+    needed: int
+    layers: frozenset[str] = field(default_factory=frozenset)
+
+
+class _Watch(TorchFunctionMode):
+    """Follow every tensor of a forward pass through the functions that take and make it."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.reads: list[Read] = []
+        self.steps: list[int] = []
+        self.sums: list[frozenset[str]] = []
+        self._step = 0
+        self._inside = 0  # of a layer: its own functions make nothing that others could see
+        self._made: dict[int, _Made] = {id(inputs): _Made(inputs, 0, 0)}
+        self._read: list[tuple[Activation, int]] = []
+
+    @property
+    def seen(self) -> list[_Seen]:
+        """The activations, in the order in which they were first read."""
+        return [
+            _Seen(activation, made.step, made.needed)
+            for activation, key in self._read
+            for made in [self._made[key]]
+        ]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if self._inside or name in {"__get__", "size", "dim", "__len__"}:
+            return result
+        self._step += 1
+        taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for tensor in taken:
+            if id(tensor) in self._made:
+                self._made[id(tensor)].needed = self._step
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._make(tensor, self._layers(name, taken))
+        return result
+
+    def reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """Make a hook for before a layer's call."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            self._step += 1
+            self._inside += 1
+            tensor = args[0]
+            made = self._made.get(id(tensor)) or self._make(tensor, frozenset())
+            made.needed = self._step
+            if id(tensor) not in {key for _, key in self._read}:
+                number = sum(a.name.rpartition("#")[0] == name for a, _ in self._read)
+                # A linear layer reads its features last, a convolution its channels second.
+                axis = tensor.ndim - 1 if isinstance(layer, nn.Linear) else 1
+                activation = Activation(
+                    f"{name}#{number}", tensor.numel(), tensor.shape[axis], tensor is self.inputs
+                )
+                self._read.append((activation, id(tensor)))
+
+        return hook
+
+    def writer(self, name: str, called: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        """Make a hook for after a layer's call."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            macs = weight.numel() * (output.numel() // weight.shape[0])
+            self._inside -= 1
+            key = id(args[0])
+            (tensor,) = [a.name for a, read in self._read if read == key]
+            self.reads.append(Read(name, called, tensor, macs))
+            self.steps.append(self._step)
+            self._make(output, frozenset({name}))
+
+        return hook
+
+    def _make(self, tensor: Tensor, layers: frozenset[str]) -> _Made:
+        # What works in place gives the same tensor back, with another content.
+        needed = self._made[id(tensor)].needed if id(tensor) in self._made else self._step
+        made = _Made(tensor, self._step, max(needed, self._step), layers)
+        self._made[id(tensor)] = made
+        return made
+
+    def _layers(self, name: str, taken: Sequence[Tensor]) -> frozenset[str]:
+        """Return whose outputs a function's result is the sum of."""
+        sources = [self._made[id(t)].layers for t in taken[:2] if id(t) in self._made]
+        if name in _ADDING and len(sources) == 2 and all(sources):
+            together = sources[0] | sources[1]
+            # A sum of sums is one: what is part of it is told no longer by itself.
+            self.sums = [*(s for s in self.sums if not s <= together), together]
+            return together
+        return sources[0] if name in _PASSING and sources else frozenset()
