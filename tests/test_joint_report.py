@@ -95,10 +95,10 @@ def headings(summary: Summary) -> list[tuple[str, str]]:
 
 
 def test_a_column_stands_where_some_candidate_has_something_to_say():
-    of_all = [("Weights", "MiB"), ("Stored", "MiB"), ("Smaller", "×"), ("Bits", "a weight")]
+    of_all = [("Weights", "MiB"), ("Stored", "MiB"), ("Smaller", "×"), ("Bits", "weights")]
     plain, joint = headings(make_summary()), headings(make_joint())
     assert plain == [*of_all, ("Ω", ""), ("Gap", "% of Ω")]
-    more = [("Bits", "an activation"), ("GBOPs", "an example")]
+    more = [("Bits", "activations"), ("GBOPs", "an example")]
     assert joint == [*of_all, *more, ("Ω", ""), ("Gap", "% of Ω")]
     timed = with_candidates(make_joint(), costs={"weight_bits": 1, "latency_ns": 2_500_000})
     assert ("Latency", "ms") in headings(timed)

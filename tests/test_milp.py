@@ -1,3 +1,4 @@
+import os
 from math import inf
 
 import numpy as np
@@ -384,3 +385,17 @@ def test_a_front_that_would_be_too_large_is_refused():
             space, -np.sort(-generator.random((8, 3))), cost, limited, 8 * 10**6, max_points=100
         )
     assert caught.value.num_points > caught.value.max_points == 100
+
+
+def test_the_solver_prints_nothing(capfd):
+    # On this one HiGHS mends a solution that rounding left infeasible, and prints a line on it.
+    generator = np.random.default_rng(10)
+    space = free_space(generator.integers(10**6, 10**7, 40).tolist(), range(1, 9))
+    tables = [generator.integers(1, 10**6, (40, 8)) for _ in range(2)]
+    budgets = [
+        Budget(separable(f"cost{i}_bits", table), 12 * 10**6) for i, table in enumerate(tables)
+    ]
+    milp_solution(space, generator.random((40, 8)), budgets)
+    assert capfd.readouterr() == ("", "")
+    os.write(1, b"still here\n")
+    assert capfd.readouterr().out == "still here\n"

@@ -7,7 +7,12 @@ one reader, the y are the options (weight bits, activation bits) of that layer, 
 several, the products of McCormick (1976). A maximum over steps is one inequality for each step.
 """
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
@@ -26,6 +31,24 @@ __all__ = ["Answer", "Limit", "Programme"]
 _LIMIT, _OPTIMUM = 1e3, 1e4
 _LEAST = 1e-6  # of an objective, as a part of its largest coefficient
 _MAX_CUTS = 20
+_ALONE = threading.Lock()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Drop what C code prints meanwhile: HiGHS 1.12 leaves a line of its debugging on stdout."""
+    libc = ctypes.CDLL(None)
+    with _ALONE, open(os.devnull, "w") as nowhere:
+        sys.stdout.flush()
+        libc.fflush(None)
+        kept = os.dup(1)
+        try:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+        finally:
+            libc.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,16 +178,17 @@ class Programme:
         size = max(relaxed.fun, _LEAST) if relaxed.success else 1.0
         scale = _OPTIMUM / (size * largest)
         for _ in range(_MAX_CUTS):
-            found = milp(
-                objective * scale,
-                integrality=integrality,
-                bounds=Bounds(0, 1),
-                constraints=lines,
-                options={
-                    "mip_rel_gap": max_gap,
-                    "time_limit": max(deadline - perf_counter(), 1e-3),
-                },
-            )
+            with _silenced():
+                found = milp(
+                    objective * scale,
+                    integrality=integrality,
+                    bounds=Bounds(0, 1),
+                    constraints=lines,
+                    options={
+                        "mip_rel_gap": max_gap,
+                        "time_limit": max(deadline - perf_counter(), 1e-3),
+                    },
+                )
             known = found.mip_dual_bound
             bound = 0.0 if known is None or not np.isfinite(known) else max(known / scale, 0)
             if found.status == 2:

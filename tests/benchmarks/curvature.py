@@ -76,7 +76,7 @@ PEERS = {
         Peer("curvlinops", "via_curvlinops", "Hutchinson, diagonal", 8, 1),
         Peer("curvlinops", "via_curvlinops", "Hutchinson, GGN diagonal", 8, 1),
         Peer("nncf", "via_nncf", "joint", 8, 1),
-        Peer("backpack", "via_backpack", "sampled GGN diagonal", 8, 1),
+        Peer("backpack", "via_backpack", "sampled GGN diagonal", 8, 4),
         Peer("backpack", "via_backpack", "exact GGN diagonal", 1, 1, rounds=1, slow=True),
         Peer("hawq", "per_layer_hvp", "one HVP a layer", 8, 1, rounds=1, slow=True),
     ),

@@ -1,12 +1,15 @@
 """One and two single-threaded workers on the same traces: the rate, and the same bits.
 
-Needs the data that ``HAWQ_DATA`` names.
+Beside it what the machine gives two processes that share nothing: plain training steps, one process
+against two at once. Needs the data that ``HAWQ_DATA`` names.
 """
 
 import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,10 @@ from search.cluster import connected
 from search.probes import UnitFile, WorkerPool, estimate_on_workers
 from search.tasks.checkpoint import load_weights
 from search.tasks.classification import ClassificationTask
+from search.tasks.networks import SmallResNet
 from tests.benchmarks.record import Row, record
 
-_ROUNDS = 3
+_ROUNDS, _STEPS = 3, 12
 
 
 def main() -> None:
@@ -36,25 +40,51 @@ def main() -> None:
         task, model, list(quantizable_layers(model)), estimator="exact_gauss_newton", pool=None
     )
     seconds: dict[int, list[float]] = {1: [], 2: []}
+    cpu_seconds: dict[int, list[float]] = {1: [], 2: []}
+    alone: dict[int, list[float]] = {1: [], 2: []}
     found: dict[int, TraceEstimate] = {}
     with connected(None, dashboard=False), tempfile.TemporaryDirectory() as folder:
         for repetition in range(_ROUNDS):
+            for processes, times in alone.items():
+                times.append(_steps(processes))
             for workers, times in seconds.items():
                 with WorkerPool(task, model.state_dict(), workers=workers) as pool:
                     pool.look("train", range(2048), 64, lambda _: None)  # they are up
                     units = UnitFile(Path(folder) / f"{repetition}.{workers}", "")
-                    started = time.monotonic()
+                    started, used = time.monotonic(), pool.cpu_seconds
                     found[workers] = estimate_on_workers(pool, plan, units=units)
                     times.append(time.monotonic() - started)
+                    cpu_seconds[workers].append(pool.cpu_seconds - used)
     same = np.array_equal(found[1].trace, found[2].trace)
     one, two = (float(np.median(seconds[workers])) for workers in (1, 2))
+    cpu_one, cpu_two = (float(np.median(cpu_seconds[workers])) for workers in (1, 2))
+    ceiling = 2 * float(np.median(alone[1])) / float(np.median(alone[2]))
     rows = [
         Row("exact Gauss–Newton, ResNet20, 512 images, 1 worker", "", one, "s"),
         Row("exact Gauss–Newton, ResNet20, 512 images, 2 workers", "", two, "s"),
         Row("rate of 2 workers", "1 worker", one / two, "×"),
+        Row("rate of 2 processes that share nothing", "1 process", ceiling, "×"),
+        Row("CPU-seconds of 2 workers", "1 worker", cpu_two / cpu_one, "×"),
         Row("same bits from 1 and 2 workers", "", float(same), "1 = yes"),
     ]
     record("scaling", rows)
+
+
+def _steps(processes: int) -> float:
+    """Return the seconds until every process has done the same training steps."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        wait([pool.submit(_work, 1) for _ in range(processes)])  # they are up
+        started = time.monotonic()
+        wait([pool.submit(_work, _STEPS) for _ in range(processes)])
+        return time.monotonic() - started
+
+
+def _work(steps: int) -> None:
+    torch.set_num_threads(1)
+    model = SmallResNet(20).train()
+    images = torch.zeros(128, 3, 32, 32)
+    for _ in range(steps):
+        model(images).square().sum().backward()
 
 
 if __name__ == "__main__":
