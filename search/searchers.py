@@ -87,8 +87,9 @@ class Problem:
                 if found[kind] is not None:
                     return None
                 found[kind] = budget
-        ties = [{self.tables.space.names[i][0] for i in row} for row in self.tables.space.rows()]
-        return None if any(len(kinds) > 1 for kinds in ties) else found
+        names = self.tables.space.names  # made anew at every call, and long
+        tied = ({names[i][0] for i in row} for row in self.tables.space.rows())
+        return None if any(len(kinds) > 1 for kinds in tied) else found
 
 
 class Searcher(Protocol):
@@ -290,7 +291,8 @@ def _kinds(cost: Cost, space: Space) -> list[Kind]:
     varies = (cost.steps != cost.steps[:, :, :1]).any((0, 2))
     rows = {i for pair in cost.pairs for i in (pair.first, pair.second)}
     rows |= set(np.flatnonzero(varies).tolist())
-    return [kind for kind in _KINDS if any(space.names[i][0] == kind[0] for i in rows)]
+    names = space.names
+    return [kind for kind in _KINDS if any(names[i][0] == kind[0] for i in rows)]
 
 
 def _nothing() -> Front:
