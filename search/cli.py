@@ -36,11 +36,11 @@ Overrides = Annotated[
 def run(
     config: ConfigPath,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run [default: runs/NAME_OF_CONFIG]")
+        Path | None, typer.Option(help="Folder of the run (default: runs/NAME_OF_CONFIG)")
     ] = None,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster, HOST:PORT [default: start Ray here]")
+        str | None, typer.Option(help="Ray cluster, HOST:PORT (default: start Ray here)")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Run stages again that a changed config invalidates")
@@ -90,28 +90,28 @@ def trace(
         typer.Option(help="auto: Gauss-Newton where it is the Hessian, and says why or why not"),
     ] = "auto",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray workers [default: one for each CPU]")
+        int | None, typer.Option(min=1, help="Ray workers (default: one for each CPU)")
     ] = None,
     rtol: Annotated[
-        float | None, typer.Option(help="Relative probe error to stop at [default: the config's]")
+        float | None, typer.Option(help="Relative probe error to stop at (default: the config's)")
     ] = None,
     max_probes: Annotated[
-        int | None, typer.Option(help="Probes an example at most [default: the config's]")
+        int | None, typer.Option(help="Probes an example at most (default: the config's)")
     ] = None,
     blocks: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=GLOB[,GLOB]: a block of eigenvalue [default: residual blocks]"),
+        typer.Option(help="NAME=GLOB[,GLOB]: a block of eigenvalue (default: residual blocks)"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file; a page goes beside it [default: in the run]")
+        Path | None, typer.Option(help="JSON file; a page goes beside it (default: in the run)")
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option("--run", help="Folder of the run [default: runs/NAME_OF_CONFIG]"),
+        typer.Option("--run", help="Folder of the run (default: runs/NAME_OF_CONFIG)"),
     ] = None,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster, HOST:PORT [default: start Ray here]")
+        str | None, typer.Option(help="Ray cluster, HOST:PORT (default: start Ray here)")
     ] = None,
 ) -> None:
     """Trace the Hessian of every layer, activation tensor or channel, with its errors."""
@@ -197,7 +197,7 @@ def _groups(blocks: list[str] | None) -> dict[str, list[str]] | None:
 def profile(
     config: ConfigPath,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file [default: runs/NAME_OF_CONFIG/latency.json]")
+        Path | None, typer.Option(help="JSON file (default: runs/NAME_OF_CONFIG/latency.json)")
     ] = None,
     overrides: Overrides = None,
     batch: Annotated[int, typer.Option(help="Examples that go through at once")] = 1,
@@ -205,7 +205,7 @@ def profile(
     seconds: Annotated[float, typer.Option(help="To measure each shape of a layer's call")] = 0.3,
     peak: Annotated[
         list[str] | None,
-        typer.Option(help="BITS=TOPS of a machine, for a roofline [default: measure here]"),
+        typer.Option(help="BITS=TOPS of a machine, for a roofline (default: measure here)"),
     ] = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="The machine's memory bandwidth in GB/s, for a roofline")
@@ -277,6 +277,19 @@ def allocate(
     if out is not None:
         write_atomically(out, found.model_dump_json(indent=1))
         _out.print(Text(str(out)), soft_wrap=True)
+
+
+@app.command()
+def front(
+    run: Annotated[Path, typer.Argument(help="Folder of a run")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file (default: front.html in the run's folder)")
+    ] = None,
+) -> None:
+    """Draw what every method offers at every size, from what a run has traced."""
+    from search.front_command import front_page  # noqa: PLC0415
+
+    _out.print(Text(f"Fronts: {front_page(run, out)}"), soft_wrap=True)
 
 
 @app.command()

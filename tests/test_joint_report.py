@@ -388,7 +388,7 @@ def test_a_browser_draws_every_figure_and_needs_no_sideways_scrolling(tmp_path):
     command.append((tmp_path / "report.html").as_uri())
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert "<title>500 of 500</title>" in dom
-    assert dom.count(" svg-container") == len(figures_of(html)) == 8
+    assert dom.count(" svg-container") == len(figures_of(html)) == 9
 
 
 def test_a_method_looks_the_same_in_both_fronts():

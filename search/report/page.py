@@ -1,5 +1,6 @@
 """The report's page: what to say in which order, filled into ``page.html``."""
 
+import plotly.graph_objects as go
 import yaml
 
 from search.artefacts import EigenvalueDocument, Summary
@@ -60,6 +61,7 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
             else {}
         ),
         "traces-figure": traces(summary.curvature),
+        **_activation_traces(summary),
         **{f"widths-figure-{i}": figure for i, figure in enumerate(widths.values())},
         **{f"curve-figure-{i}": figure for i, figure in enumerate(curves.values())},
         **(trusted.figures if trusted else {}),
@@ -81,6 +83,7 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
         activation_map=activation_map,
         widths=list(zip(widths, width_sizes, strict=True)),
         estimator=ESTIMATORS[summary.curvature.estimator],
+        estimators=ESTIMATORS,
         trust=trusted,
         eigenvalues=shown,
         iterated=iterated,
@@ -95,3 +98,12 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
             summary.model_dump(mode="json")["config"], sort_keys=False, allow_unicode=True
         ),
     )
+
+
+def _activation_traces(summary: Summary) -> dict[str, go.Figure]:
+    """Draw the traces of the activations, where they are searched."""
+    found = summary.curvature.activations
+    if found is None:
+        return {}
+    axis = "Tensor, named after its first reader"
+    return {"activation-traces-figure": traces(found, x=axis, unit="loss / activation²")}
