@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hawq.space import quantizable_layers
 from search.artefacts import Summary
 from search.config_file import load_config
 from search.errors import InputError
@@ -244,6 +245,41 @@ def test_a_mistake_is_found_before_anything_is_written(config, tmp_path, overrid
     with pytest.raises(InputError, match=message):
         run(config(*overrides), out)
     assert not out.exists()
+
+
+def latency_table(path, layers, ns=lambda w: 1000 * w):
+    """Write a table of one's own: times by the weights' bits alone."""
+    entries = {
+        layer: [{"weight_bits": w, "activation_bits": None, "ns": ns(w)} for w in (2, 3, 4, 8)]
+        for layer in layers
+    }
+    path.write_text(json.dumps({"schema_version": 1, "layers": entries}))
+    return path
+
+
+def test_a_latency_table_must_hold_every_layer_before_anything_runs(config, tmp_path):
+    table = latency_table(tmp_path / "mine.json", ["conv1", "linear"])
+    overrides = [f"latency={table}", "budgets=[{average_bits: 3, latency_ms: 1}]"]
+    with pytest.raises(InputError, match=r"latency: the latency table must hold layer layer1\.0"):
+        run(config(*overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_of_latency_is_kept_by_every_method(ray_cluster, config, tmp_path):
+    layers = list(quantizable_layers(SmallResNet(8, 1)))
+    table = latency_table(tmp_path / "mine.json", layers)
+    overrides = [
+        f"latency={table}",
+        "budgets=[{average_bits: 3.5, latency_ms: 0.03}]",  # 30 bits for 8 layers, one has 8
+        "finetune.epochs=1",
+        "finetune.examples_per_epoch=64",
+    ]
+    summary = run(config(*overrides), tmp_path / "run")
+    for candidate in summary.candidates.candidates:
+        assert candidate.costs["latency_ns"] == 1000 * sum(candidate.bits.values()) <= 30_000
+        assert candidate.average_bits <= 3.5
+    omegas = {c.method: c.sensitivity for c in summary.candidates.candidates}
+    assert omegas["exact"] == min(omegas.values())
 
 
 class NothingToQuantize(ClassificationTask):
