@@ -35,7 +35,7 @@ def test_the_example_of_a_network_of_your_own_runs(ray_cluster, tmp_path, monkey
     ray.cloudpickle.register_pickle_by_value(blobs)
     summary = run(load_config(tmp_path / "blobs.yaml"), tmp_path / "run")
     assert summary.test.unquantized.score > 0.8
-    assert len(summary.candidates.candidates) == 2 * len(SEARCHERS)
+    assert len(summary.candidates.candidates) == 2 * len(summary.config["methods"])
 
 
 def test_every_path_that_the_readme_names_exists():
