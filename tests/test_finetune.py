@@ -213,17 +213,21 @@ def test_calibration_survives_the_state_dict():
 
 def lsq_gradients(x, scale, upstream, bits, signed=True):
     """The formulas of LSQ (Esser et al., 2020), element by element; x is one row."""
+    odd = signed and bits <= 2
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    if odd:
+        low, high = -(2**bits - 1), 2**bits - 1
     to_x, to_scale = [], 0.0
     for value, g in zip(x.tolist(), upstream.tolist(), strict=True):
         ratio = value / scale
         inside = low <= ratio <= high
         to_x.append(g if inside else 0.0)
-        to_scale += g * (round(ratio) - ratio if inside else (low if ratio < low else high))
+        code = min(2 * math.floor(ratio / 2) + 1, high) if odd else round(ratio)
+        to_scale += g * (code - ratio if inside else (low if ratio < low else high))
     return to_x, to_scale / math.sqrt(len(x) * high)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_gradients_of_weights_are_lsq_s(bits):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 40, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -249,7 +253,7 @@ def test_gradients_of_unsigned_activations_are_lsq_s():
     assert float(quantizer.scale.grad) == pytest.approx(to_scale, rel=1e-9)
 
 
-@pytest.mark.parametrize(("bits", "codes"), [(1, (-1, 1)), (2, (-2, 1)), (4, (-8, 7))])
+@pytest.mark.parametrize(("bits", "codes"), [(1, (-1, 1)), (2, (-3, 3)), (4, (-8, 7))])
 def test_where_codes_do_not_change_the_scale_s_gradient_is_that_of_finite_differences(bits, codes):
     # Saturated values: the output is scale × end code, smooth in the scale.
     x = torch.tensor([[-90.0, -70, 80, 95]], dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hawq.allocation import Bits, by_owner
-from hawq.quantizers import best_scales, codes, quantize
+from hawq.quantizers import best_scales, codes, has_odd_codes, nearest_codes
 from hawq.reads import Reads, read_network
 from hawq.space import evaluating, sharing_layers
 
@@ -125,38 +125,38 @@ class _Calls(nn.ModuleList):
 
 
 class _Codes:
-    """Integer codes of one width, or of each row's own: the least, the largest, and which are ±1.
+    """Integer codes of one width, or of each row's own.
 
     Attributes:
         low: The least code, a number or shape (C,).
         high: The largest.
-        binary: Whether the only codes are −1 and +1; shape (C,) where rows differ, or None.
+        odd: Whether codes are odd; shape (C,) where rows differ.
     """
 
-    __slots__ = ("binary", "high", "low")
+    __slots__ = ("high", "low", "odd")
 
-    def __init__(self, low: int | Tensor, high: int | Tensor, binary: bool | Tensor | None) -> None:
-        self.low, self.high, self.binary = low, high, binary
+    def __init__(self, low: int | Tensor, high: int | Tensor, odd: bool | Tensor) -> None:
+        self.low, self.high, self.odd = low, high, odd
 
     @staticmethod
     def of(bits: Bits, *, signed: bool) -> "_Codes":
         """Return the codes of one width, or of several rows."""
         if isinstance(bits, int):
-            return _Codes(*codes(bits, signed=signed), signed and bits == 1)
+            return _Codes(*codes(bits, signed=signed), signed and has_odd_codes(bits))
         ends = torch.tensor([codes(b, signed=signed) for b in bits], dtype=torch.float32)
-        binary = torch.tensor([signed and b == 1 for b in bits])
-        return _Codes(ends[:, 0], ends[:, 1], binary if binary.any() else None)
+        odd = torch.tensor([signed and has_odd_codes(b) for b in bits])
+        return _Codes(ends[:, 0], ends[:, 1], odd if odd.any() else False)
 
     def like(self, scale: Tensor) -> "_Codes":
         """Return the same in the shape, type and place of the scales."""
         if isinstance(self.low, int):
             return self
         assert isinstance(self.high, Tensor)
-        binary = self.binary
-        if isinstance(binary, Tensor):
-            binary = binary.to(scale.device).view(scale.shape)
+        odd = self.odd
+        if isinstance(odd, Tensor):
+            odd = odd.to(scale.device).view(scale.shape)
         low, high = (ends.to(scale).view(scale.shape) for ends in (self.low, self.high))
-        return _Codes(low, high, binary)
+        return _Codes(low, high, odd)
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -172,26 +172,17 @@ class _LearnedStep(torch.autograd.Function):
         of = of.like(scale)
         ctx.save_for_backward(x, scale)
         ctx.codes = of
-        if of.binary is True:
-            return quantize(x, scale, 1)
-        rounded = x.div(scale).round_().clamp_(of.low, of.high)  # type: ignore[arg-type]
-        if isinstance(of.binary, Tensor):
-            rounded = torch.where(of.binary, torch.where(x < 0, -1.0, 1.0).to(x), rounded)
-        return rounded.mul_(scale)
+        return nearest_codes(x / scale, of.low, of.high, odd=of.odd).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         of: _Codes = ctx.codes
         ratio = x / scale
-        clamped = ratio.clamp(of.low, of.high)
-        outside = clamped.ne(ratio)
-        if of.binary is True:
-            slope = torch.where(x < 0, -1.0, 1.0).to(grad)
-        else:  # q − x/s inside, q outside
-            slope = clamped.round_().sub_(ratio.masked_fill_(outside, 0))
-            if isinstance(of.binary, Tensor):
-                slope = torch.where(of.binary, torch.where(x < 0, -1.0, 1.0).to(grad), slope)
+        outside = (ratio < of.low).logical_or_(ratio > of.high)
+        # q − x/s inside, q outside
+        inside = ratio.masked_fill(outside, 0)
+        slope = nearest_codes(ratio, of.low, of.high, odd=of.odd).sub_(inside)
         if scale.numel() == 1:
             grad_scale = slope.flatten().dot(grad.flatten()).view(scale.shape)
         else:
