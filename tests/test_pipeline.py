@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hawq.reads import read_network
 from hawq.space import quantizable_layers
+from search import pipeline
 from search.artefacts import Summary
 from search.config_file import load_config
 from search.errors import InputError
@@ -140,6 +143,7 @@ def test_a_search_of_channels_and_activations_keeps_both_budgets(ray_cluster, co
         "methods=[exact, channel]",
         "activations.min_bits={last: 4}",
         "weights.tie=[[layer3.0.conv1, layer3.0.conv2]]",
+        "weights.bits=[0, 1, 2, 3, 4, 8]",  # 0 for channels alone
         "task.pretrain.epochs=1",
     ]
     summary = run(config(*more), tmp_path / "run")
@@ -280,6 +284,28 @@ def test_a_budget_of_latency_is_kept_by_every_method(ray_cluster, config, tmp_pa
         assert candidate.average_bits <= 3.5
     omegas = {c.method: c.sensitivity for c in summary.candidates.candidates}
     assert omegas["exact"] == min(omegas.values())
+
+
+class Summed(nn.Module):
+    """Two convolutions whose outputs are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 3, padding=1)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x):
+        return self.head((self.left(x) + self.right(x)).relu().flatten(1))
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_layers_that_are_added_share_their_bits_on_request(config, by_channel):
+    reads = read_network(Summed(), torch.zeros(1, 1, 8, 8))
+    space = pipeline._space(config("weights.pin={}"), reads, by_channel=by_channel)
+    assert len(space.rows()) == len(space)
+    tied = config("weights.pin={}", "weights.tie_sums=true")
+    rows = pipeline._space(tied, reads, by_channel=by_channel).rows()
+    assert rows[:2] == ([(0, 2), (1, 3)] if by_channel else [(0, 1), (2,)])
 
 
 class NothingToQuantize(ClassificationTask):
