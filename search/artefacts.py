@@ -5,7 +5,7 @@ tables have one row a layer and one column a bit-width of ``widths``. Sizes are 
 ``hawq schema summary`` prints the JSON Schema of ``summary.json``, which holds all of them.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,6 +44,10 @@ __all__ = [
     "Trial",
     "TrialsArtefact",
 ]
+
+
+Count = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Artefact(BaseModel):
@@ -191,13 +195,13 @@ class GroupTables(_Artefact):
     space: list[dict[str, Any]] = Field(description="The groups: name, elements, MACs, menu, tie.")
     space_fingerprint: str
     widths: list[int]
-    sensitivity: list[list[float | None]] = Field(description="Ω; null where not allowed.")
+    sensitivity: list[list[NotNegative | None]] = Field(description="Ω; null where not allowed.")
     squared_error: list[list[float]] = Field(
         description="‖Q(W) − W‖², and of activations the mean over examples of ‖Q(a) − a‖²."
     )
     trace: list[float]
     trace_error: list[float] = Field(description="Standard error over probes and examples.")
-    num_scales: list[int] = Field(description="Scales that a quantized group stores.")
+    num_scales: list[Count] = Field(description="Scales that a quantized group stores.")
 
 
 class OperationEntry(_Artefact):
@@ -205,7 +209,7 @@ class OperationEntry(_Artefact):
 
     weight: str = Field(description="Group of the weight.")
     activation: str | int = Field(description="Group of what it reads, or its bits where fixed.")
-    macs: int = Field(description="Multiply-accumulates for one example.")
+    macs: Count = Field(description="Multiply-accumulates for one example.")
 
 
 class LayerLatency(_Artefact):
@@ -214,7 +218,7 @@ class LayerLatency(_Artefact):
     layer: str
     weight_bits: int
     activation_bits: int | None = Field(description="null: whatever they are.")
-    ns: int
+    ns: Count
 
 
 class CostSources(_Artefact):

@@ -102,11 +102,12 @@ class RunFolder:
             result = kind.model_validate(document["result"])
             return result, StageCost.model_validate(document["cost"])
         except ValidationError as error:
-            path = ".".join(map(str, error.errors()[0]["loc"]))
+            problem = error.errors()[0]
+            path = ".".join(map(str, problem["loc"]))
             raise InputError(
                 f"{self.artefact(stage)} must be an artefact of this version, "
-                f"got another form of {path or stage!r}: delete it to run the stage again, "
-                "or give another --out"
+                f"got another form of {path or stage!r} ({problem['msg']}): delete it to run the "
+                "stage again, or give another --out"
             ) from error
 
     def changes(self, stage: str, config: Mapping[str, Any]) -> list[str]:

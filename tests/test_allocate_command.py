@@ -204,6 +204,23 @@ def test_a_run_without_channels_says_how_to_have_them(run):
         allocate(run(tables(channels=False)), ["average_bits=3"], granularity="channel")
 
 
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda tables: tables["sensitivity"][1].__setitem__(0, float("nan")), "sensitivity.1.0"),
+        (lambda tables: tables["sensitivity"][1].__setitem__(0, -1.0), "sensitivity.1.0"),
+        (lambda tables: tables["operations"][0].update(macs=-5), "operations.0.macs"),
+    ],
+)
+def test_tables_that_make_no_sense_are_refused_by_their_place(run, change, where):
+    path = run() / "tables.json"
+    document = json.loads(path.read_text())
+    change(document["result"])
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=rf"tables\.json .* another form of '{where}'"):
+        allocate(path.parent, ["average_bits=3"])
+
+
 def test_a_latency_table_that_lacks_a_layer_is_refused(run):
     whole = tables(latency=True)
     lacking = [entry for entry in whole.latency_ns if entry.layer != "conv2"]
