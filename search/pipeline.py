@@ -257,7 +257,7 @@ def _refuse_changes(search: Search, stages: Sequence[Stage]) -> None:
     """Refuse a config that would throw finished work away."""
     for stage in stages:
         if not search.folder.artefact(stage.name).exists():
-            return
+            continue  # an older version's run lacks a stage, but has later ones
         try:
             inputs = stage.inputs(search)
         except InputError:  # an earlier artefact is missing: the stage will run again anyway
