@@ -158,6 +158,7 @@ def nearest_codes(
         ratio = ratio.div_(2).floor_().mul_(2).add_(1)
     else:
         ratio = ratio.round_()
+    # Torch declares two numbers or two tensors, which one union cannot say.
     return ratio.clamp_(low, high)  # type: ignore[arg-type]
 
 

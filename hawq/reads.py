@@ -18,7 +18,17 @@ from torch.utils._pytree import tree_leaves
 
 from hawq.space import Group, Space, evaluating, sharing_layers
 
-__all__ = ["Activation", "Layer", "Read", "Reads", "network_space", "read_network", "weight_space"]
+__all__ = [
+    "Activation",
+    "Layer",
+    "Read",
+    "Reads",
+    "channel_axis",
+    "network_space",
+    "read_network",
+    "tensor_name",
+    "weight_space",
+]
 
 # What passes a layer's output on to a sum, channel by channel.
 _PASSING = {"batch_norm", "dropout", "interpolate", "contiguous", "clone"}
@@ -86,7 +96,8 @@ class Reads:
         reads: The calls, in order.
         alive: For each call, the activations that are in memory while it runs: what it reads, what
             comes of its output before the next call, and what something later still needs. Tensors
-            that no layer reads are not among them.
+            that no layer reads are not among them, and a tensor of which only a view is kept is
+            taken for dead.
         sums: Layers whose outputs are added to each other, directly or after batch-norm.
     """
 
@@ -147,6 +158,16 @@ def read_network(model: nn.Module, inputs: Tensor) -> Reads:
         alive,
         tuple(tuple(name for name in sharing if name in members) for members in watch.sums),
     )
+
+
+def tensor_name(layer: str, taken: Iterable[str]) -> str:
+    """Name a tensor after the layer that reads it first, which may have named others."""
+    return f"{layer}#{sum(name.rpartition('#')[0] == layer for name in taken)}"
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Return where the channels of what a layer reads are: a linear layer reads features last."""
+    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def network_space(
@@ -287,11 +308,11 @@ class _Watch(TorchFunctionMode):
             made = self._made.get(id(tensor)) or self._make(tensor, frozenset())
             made.needed = self._step
             if id(tensor) not in {key for _, key in self._read}:
-                number = sum(a.name.rpartition("#")[0] == name for a, _ in self._read)
-                # A linear layer reads its features last, a convolution its channels second.
-                axis = tensor.ndim - 1 if isinstance(layer, nn.Linear) else 1
                 activation = Activation(
-                    f"{name}#{number}", tensor.numel(), tensor.shape[axis], tensor is self.inputs
+                    tensor_name(name, (a.name for a, _ in self._read)),
+                    tensor.numel(),
+                    tensor.shape[channel_axis(layer)],
+                    tensor is self.inputs,
                 )
                 self._read.append((activation, id(tensor)))
 

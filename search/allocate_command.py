@@ -67,19 +67,18 @@ def allocate(
         raise InputError(f"--method: must be {fitting} for --granularity {granularity}, got {name}")
     wanted = _budget(budget)
     artefact = read_tables(run)
-    whole = Tables.of_channels(artefact) if by_channel else Tables.of(artefact)
-    if whole is None:
+    groups = artefact.channels if by_channel else artefact
+    if groups is None:
         raise InputError(
             f"{run}: holds no traces of channels: run the search with channel among its methods"
         )
     try:
-        space = _restricted(whole.space, pins, ties)
+        space = _restricted(Space.from_json(groups.space), pins, ties)
     except ValueError as error:
         raise InputError(f"--pin, --tie: {error}") from error
-    of = Tables.of_channels if by_channel else Tables.of
-    tables = of(artefact, space)
+    tables = (Tables.of_channels if by_channel else Tables.of)(artefact, space)
     assert tables is not None
-    found = candidate(METHODS[name], wanted, tables, tables, rules=rules)
+    found = candidate(METHODS[name], wanted, tables, rules=rules)
     return found, tables
 
 

@@ -5,11 +5,12 @@
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from hawq.cost import FLOAT_BITS, average_bits, compression, num_elements
+from hawq.cost import FLOAT_BITS, num_elements
 from hawq.curvature import EstimatorName, StopRule
 from hawq.finetune import Recipe
 from hawq.space import Kind, Space
@@ -213,25 +214,30 @@ class Budget(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Budget":
-        given = self.model_dump(exclude_none=True)
+        given = list(self.given)
         if not given:
             raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
-        for same in (_WEIGHT_SIZES, _ACTIVATION_SIZES):
+        for cost in ("weight_bits", "activation_bits"):
+            same = [key for key, limit in _LIMITS.items() if limit.cost == cost]
             found = [key for key in same if key in given]
             if len(found) > 1:
                 raise ValueError(f"give one of {', '.join(same)}, got {' and '.join(found)}")
         return self
 
     @property
+    def given(self) -> dict[str, float]:
+        """The keys that are given, with their values."""
+        return self.model_dump(exclude_none=True)
+
+    @property
     def limits_activations(self) -> bool:
         """Whether activations are chosen, too, for it."""
-        return bool(_JOINT & set(self.model_dump(exclude_none=True)))
+        return any(_LIMITS[key].is_joint for key in self.given)
 
     @property
     def label(self) -> str:
         """The budget in words."""
-        given = self.model_dump(exclude_none=True)
-        return ", ".join(_LABELS[key].format(value) for key, value in given.items())
+        return ", ".join(_LIMITS[key].words(value) for key, value in self.given.items())
 
     def limits(self, space: Space) -> dict[str, int]:
         """Convert to whole units, by the names of costs.
@@ -239,72 +245,74 @@ class Budget(_Section):
         Args:
             space: Of layers or of channels, with activations where they are limited.
         """
-        num_weights = num_elements(space, "weights")
-        num_activations = num_elements(space, "activations")
-        found: dict[str, float] = {}
-        for key, value in self.model_dump(exclude_none=True).items():
-            match key:
-                case "weight_mib":
-                    found["weight_bits"] = value * (8 << 20)
-                case "compression":
-                    found["weight_bits"] = FLOAT_BITS * num_weights / value
-                case "average_bits":
-                    found["weight_bits"] = value * num_weights
-                case "activation_mib":
-                    found["activation_bits"] = value * (8 << 20)
-                case "activation_compression":
-                    found["activation_bits"] = FLOAT_BITS * num_activations / value
-                case "activation_average_bits":
-                    found["activation_bits"] = value * num_activations
-                case "peak_activation_mib":
-                    found["peak_activation_bits"] = value * (8 << 20)
-                case "gbops":
-                    found["bops"] = value * 1e9
-                case "latency_ms":
-                    found["latency_ns"] = value * 1e6
+        found = {_LIMITS[key].cost: _LIMITS[key].limit(v, space) for key, v in self.given.items()}
         # 2.44 × 10⁵ is a hair below 244,000: a budget of a whole number of bits is that number.
         return {name: int(limit * (1 + 1e-12)) for name, limit in found.items()}
 
     def in_own_unit(self, space: Space, name: str, cost: int) -> str:
         """Say in this budget's own unit what a cost would be."""
-        key = next(key for key in self.model_dump(exclude_none=True) if _COST_OF[key] == name)
-        kind: Kind = "weights" if name == "weight_bits" else "activations"
-        if key.endswith("compression"):
-            return f"{compression(space, cost, kind):.4g}×"
-        if key.endswith("average_bits"):
-            return f"{average_bits(space, cost, kind):.4g} bits"
-        unit = {"gbops": 1e9, "latency_ms": 1e6}.get(key, 8 << 20)
-        return f"{cost / unit:.4g} {_UNITS[key]}"
+        limit = next(limit for key in self.given if (limit := _LIMITS[key]).cost == name)
+        return f"{limit.value(cost, space):.4g}{limit.unit}"
 
 
-_WEIGHT_SIZES = ("weight_mib", "compression", "average_bits")
-_ACTIVATION_SIZES = ("activation_mib", "activation_compression", "activation_average_bits")
-_JOINT = {*_ACTIVATION_SIZES, "peak_activation_mib", "gbops"}
-_COST_OF = {
-    **dict.fromkeys(_WEIGHT_SIZES, "weight_bits"),
-    **dict.fromkeys(_ACTIVATION_SIZES, "activation_bits"),
-    "peak_activation_mib": "peak_activation_bits",
-    "gbops": "bops",
-    "latency_ms": "latency_ns",
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """How a key of a budget limits a cost.
+
+    Attributes:
+        cost: Its name.
+        unit: Of the key's values, as it follows a number.
+        factor: Units of the cost in one of the key; None where a value is of each element.
+        is_ratio: Whether values are 32-bit floats over the cost.
+    """
+
+    cost: str
+    unit: str
+    factor: float | None = None
+    is_ratio: bool = False
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether activations are searched for its sake."""
+        return self.cost not in {"weight_bits", "latency_ns"}
+
+    def words(self, value: float) -> str:
+        """Say a value."""
+        return f"{_BEFORE.get(self.cost, '')}{value:g}{self.unit}"
+
+    def limit(self, value: float, space: Space) -> float:
+        """Return the limit of the cost."""
+        if self.factor is not None:
+            return value * self.factor
+        elements = self._elements(space)
+        return FLOAT_BITS * elements / value if self.is_ratio else value * elements
+
+    def value(self, cost: int, space: Space) -> float:
+        """Return the key's value that would limit the cost to this much."""
+        if self.factor is not None:
+            return cost / self.factor
+        elements = self._elements(space)
+        return FLOAT_BITS * elements / cost if self.is_ratio else cost / elements
+
+    def _elements(self, space: Space) -> int:
+        return num_elements(space, "weights" if self.cost == "weight_bits" else "activations")
+
+
+_MIB = 8 << 20
+_BEFORE = {"activation_bits": "activations ", "peak_activation_bits": "activations' peak "}
+_LIMITS = {
+    "weight_mib": _Limit("weight_bits", " MiB", _MIB),
+    "compression": _Limit("weight_bits", "×", is_ratio=True),
+    "average_bits": _Limit("weight_bits", " bits"),
+    "activation_mib": _Limit("activation_bits", " MiB", _MIB),
+    "activation_compression": _Limit("activation_bits", "×", is_ratio=True),
+    "activation_average_bits": _Limit("activation_bits", " bits"),
+    "peak_activation_mib": _Limit("peak_activation_bits", " MiB", _MIB),
+    "gbops": _Limit("bops", " GBOPs", 1e9),
+    "latency_ms": _Limit("latency_ns", " ms", 1e6),
 }
-_UNITS = {
-    "weight_mib": "MiB",
-    "activation_mib": "MiB",
-    "peak_activation_mib": "MiB",
-    "gbops": "GBOPs",
-    "latency_ms": "ms",
-}
-_LABELS = {
-    "weight_mib": "{:g} MiB",
-    "compression": "{:g}×",
-    "average_bits": "{:g} bits",
-    "activation_mib": "activations {:g} MiB",
-    "activation_compression": "activations {:g}×",
-    "activation_average_bits": "activations {:g} bits",
-    "peak_activation_mib": "activations' peak {:g} MiB",
-    "gbops": "{:g} GBOPs",
-    "latency_ms": "{:g} ms",
-}
+_JOINT = [key for key, limit in _LIMITS.items() if limit.is_joint]
+_SEPARABLE = [k for k, limit in _LIMITS.items() if limit.cost in {"weight_bits", "activation_bits"}]
 
 
 class CalibrationConfig(_Section):
@@ -381,7 +389,7 @@ class SearchConfig(_Section):
         if any(joint) and not all(joint):
             raise ValueError(
                 f"budgets.{joint.index(False)}: must limit activations too, since another budget "
-                f"does: give one of {', '.join(sorted(_JOINT))}, or search twice"
+                f"does: give one of {', '.join(_JOINT)}, or search twice"
             )
         labels = [budget.label for budget in self.budgets]
         for index, label in enumerate(labels):
@@ -404,12 +412,11 @@ class SearchConfig(_Section):
 
     def _channels_within(self) -> "SearchConfig":
         for index, budget in enumerate(self.budgets if self.by_channel else ()):
-            given = set(budget.model_dump(exclude_none=True))
-            odd = sorted(given - {*_WEIGHT_SIZES, *_ACTIVATION_SIZES})
+            odd = [key for key in budget.given if key not in _SEPARABLE]
             if odd:
                 raise ValueError(
                     f"budgets.{index}: {odd[0]} does not add up over channels: leave channel out "
-                    f"of methods, or limit {', '.join([*_WEIGHT_SIZES, *_ACTIVATION_SIZES])}"
+                    f"of methods, or limit {', '.join(_SEPARABLE)}"
                 )
         return self
 

@@ -8,9 +8,9 @@ Weights and activations are chosen each by itself wherever no budget joins them:
 best of both is the best of all.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from hawq.allocate import (
     Budget,
     Front,
+    InfeasibleBudgetsError,
+    Options,
+    Verdict,
     best_pair,
     lagrangian_solution,
     milp_solution,
@@ -25,10 +28,10 @@ from hawq.allocate import (
     pareto_front,
 )
 from hawq.allocation import Allocation
-from hawq.cost import Cost, activation_bits, weight_bits
+from hawq.cost import Cost
 from hawq.space import Kind, Space
 from search.evaluate import Evaluate, Evaluation
-from search.tables import Tables
+from search.tables import Part, Tables
 
 __all__ = ["SEARCHERS", "Problem", "Rules", "Searcher"]
 
@@ -46,6 +49,29 @@ class Rules:
 
     max_widths: int | None = None
     multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """The weights, or the activations, where they can be chosen by themselves.
+
+    Attributes:
+        part: Their tables.
+        budget: What limits them; None if nothing does.
+    """
+
+    part: Part
+    budget: Budget | None
+
+    @property
+    def cost(self) -> NDArray[np.int64]:
+        """What is limited, shape (R, C); their size where nothing is."""
+        return self.part.size if self.budget is None else self.part.cost(self.budget.cost)
+
+    @property
+    def limit(self) -> int:
+        """The most that they may cost."""
+        return int(self.cost.max(1).sum()) if self.budget is None else self.budget.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +95,30 @@ class Problem:
         space = self.tables.space
         return all(budget.cost.of(space, allocation) <= budget.limit for budget in self.budgets)
 
-    def apart(self) -> "Mapping[Kind, Budget | None] | None":
-        """Return the one budget of the weights and the one of the activations, where no other is.
+    def halves(self) -> list[Half] | None:
+        """Return the weights and the activations, each with the one budget that limits it alone.
 
-        None where a budget joins the two, is no sum, or is not alone.
+        None where a budget joins the two, is no plain sum, or is not alone.
+
+        Raises:
+            InfeasibleBudgetsError: If a cost that no choice changes is above its limit.
         """
-        found: dict[Kind, Budget | None] = {}
-        for kind in _KINDS:
-            part = self.tables.part(kind)
-            if part is not None:
-                found[kind] = None
+        space = self.tables.space
+        parts = [part for kind in _KINDS if (part := self.tables.part(kind)) is not None]
+        limits: dict[Kind, Budget] = {}
         for budget in self.budgets:
-            of = _kinds(budget.cost, self.tables.space)
-            if budget.cost.pairs or len(budget.cost.steps) > 1 or len(of) > 1:
+            kinds = _kinds(budget.cost, space)
+            if not kinds:
+                _refuse_constant(budget, space)
+                continue
+            plain = not budget.cost.pairs and len(budget.cost.steps) == 1
+            if len(kinds) > 1 or not plain or kinds[0] in limits:
                 return None
-            for kind in of:
-                if found[kind] is not None:
-                    return None
-                found[kind] = budget
-        names = self.tables.space.names  # made anew at every call, and long
-        tied = ({names[i][0] for i in row} for row in self.tables.space.rows())
-        return None if any(len(kinds) > 1 for kinds in tied) else found
+            limits[kinds[0]] = budget
+        names = space.names  # made anew at every call, and long
+        if any(len({names[i][0] for i in row}) > 1 for row in space.rows()):
+            return None
+        return [Half(part, limits.get(part.kind)) for part in parts]
 
 
 class Searcher(Protocol):
@@ -120,8 +149,8 @@ class Searcher(Protocol):
         ...
 
 
-# Makes a front of a space: its tables, and the cost that the front is over, shape (L, B).
-MakeFront = Callable[[Tables, NDArray[np.int64]], Front]
+# Makes a front of a part, over a cost of shape (R, C).
+MakeFront = Callable[[Part, NDArray[np.int64]], Front]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,29 +168,23 @@ class FrontSearcher:
     def front(self, tables: Tables, kind: Kind) -> Front | None:
         """Return the front over the size of all weights, or of one example's activations."""
         part = tables.part(kind)
-        return None if part is None else self.make_front(part[0], _size(part[0].space, kind))
+        return None if part is None else self.make_front(part, part.size)
 
     def search(self, problem: Problem, *, evaluations: int, seed: int) -> Iterator[Evaluation]:  # noqa: ARG002
-        """Yield one allocation, scored by −Ω."""
-        tables = problem.tables
-        apart = problem.apart()
-        if apart is not None:
-            bits: dict[str, int] = {}
-            for kind, budget in apart.items():
-                part = tables.part(kind)
-                assert part is not None
-                mine, rows = part
-                cost = _size(mine.space, kind)
-                if budget is not None:
-                    columns = np.searchsorted(tables.space.widths, mine.space.widths)
-                    cost = budget.cost.steps[0][np.ix_(np.array(rows), columns)]
-                front = self.make_front(mine, cost)
-                point = len(front) - 1 if budget is None else front.within(budget.limit)
-                chosen = front.allocation(point)
-                bits |= dict(zip(chosen.names, chosen.bits, strict=True))
-            found = tables.proxy(Allocation.of(tables.space, bits))
-            bound = -found.score if self.exact else None
-            yield tables.proxy(found.allocation, bound)
+        """Yield one allocation, scored by −Ω.
+
+        Raises:
+            ValueError: If without ``exact`` no pair of points is within the budgets, though
+                another allocation is.
+        """
+        tables, halves = problem.tables, problem.halves()
+        if halves is not None:
+            chosen = []
+            for half in halves:
+                front = self.make_front(half.part, half.cost)
+                chosen.append(front.allocation(front.within(half.limit)))
+            allocation = _together(tables.space, chosen)
+            yield tables.proxy(allocation, tables.omega(allocation) if self.exact else None)
         elif self.exact:
             solution = milp_solution(tables.space, tables.sensitivity, problem.budgets)
             yield tables.proxy(solution.allocation, solution.bound)
@@ -169,22 +192,21 @@ class FrontSearcher:
             yield tables.proxy(self._pair(problem))
 
     def _pair(self, problem: Problem) -> Allocation:
-        tables, parts = problem.tables, [problem.tables.part(kind) for kind in _KINDS]
-        fronts = [self.front(tables, kind) for kind in _KINDS]
-        first, second = (
-            (front, part[1]) if front is not None and part is not None else (_nothing(), [])
-            for front, part in zip(fronts, parts, strict=True)
-        )
-        pair = best_pair(*first, *second, tables.space.widths, problem.budgets)
+        tables = problem.tables
+        fronts: list[Front] = []
+        options: list[Options] = []
+        for kind in _KINDS:
+            part = tables.part(kind)
+            if part is not None:
+                front = self.make_front(part, part.size)
+                fronts.append(front)
+                options.append(Options(part.rows, part.columns[front.choice], front.sensitivity))
+        first, second = [*options, Options.none()][:2]
+        pair = best_pair(first, second, problem.budgets)
         if pair is None:
-            # Something fits, or says why nothing does: a latency table need not favour few bits.
-            return milp_solution(tables.space, tables.sensitivity, problem.budgets).allocation
-        both: dict[str, int] = {}
-        for front, point in zip(fronts, pair, strict=True):
-            if front is not None:
-                chosen = front.allocation(point)
-                both |= dict(zip(chosen.names, chosen.bits, strict=True))
-        return Allocation.of(tables.space, both)
+            _refuse(problem, "its fronts over size")
+        points = zip(fronts, pair, strict=False)  # of a missing half there is no front
+        return _together(tables.space, [front.allocation(point) for front, point in points])
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,30 +220,27 @@ class ChannelSearcher:
         return None
 
     def search(self, problem: Problem, *, evaluations: int, seed: int) -> Iterator[Evaluation]:  # noqa: ARG002
-        """Yield one allocation, scored by −Ω."""
-        tables, apart = problem.tables, problem.apart()
-        assert apart is not None, "a channel's budgets are one of the weights, one of activations"
-        bits: dict[str, int] = {}
-        bound = 0.0
-        for kind, budget in apart.items():
-            part = tables.part(kind)
-            assert part is not None
-            mine, rows = part
-            cost, limit = _size(mine.space, kind), 2**62
-            if budget is not None:
-                columns = np.searchsorted(tables.space.widths, mine.space.widths)
-                cost, limit = budget.cost.steps[0][np.ix_(np.array(rows), columns)], budget.limit
-            solution = lagrangian_solution(
-                mine.space,
-                mine.sensitivity,
-                cost,
-                limit,
+        """Yield one allocation, scored by −Ω.
+
+        Raises:
+            ValueError: If the budgets are not one of the weights and one of the activations.
+        """
+        tables, halves = problem.tables, problem.halves()
+        if halves is None:
+            raise ValueError("budgets must be one sum of the weights and one of the activations")
+        solutions = [
+            lagrangian_solution(
+                half.part.space,
+                half.part.sensitivity,
+                half.cost,
+                half.limit,
                 max_widths=problem.rules.max_widths,
                 multiple=problem.rules.multiple,
             )
-            bound += solution.bound
-            bits |= dict(zip(solution.allocation.names, solution.allocation.bits, strict=True))
-        yield tables.proxy(Allocation.of(tables.space, bits), bound)
+            for half in halves
+        ]
+        allocation = _together(tables.space, [solution.allocation for solution in solutions])
+        yield tables.proxy(allocation, sum(solution.bound for solution in solutions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +271,10 @@ class UniformSearcher:
         )
         uniform = [_uniform(space, w, a) for w, a in pairs]
         fits = [i for i, bits in enumerate(uniform) if problem.fits(Allocation.of(space, bits))]
-        chosen = fits[-1] if fits else 0
+        # Least bits fit wherever anything does, but for latency, which may favour many bits.
+        if not fits:
+            _refuse(problem, "uniform bits")
+        chosen = fits[-1]
         bits = list(uniform[chosen])
         w, a = pairs[chosen]
         wider = _uniform(space, _next(weights, w), _next(tensors, a))
@@ -282,10 +304,6 @@ def _next(widths: tuple[int, ...], width: int) -> int:
     return min((b for b in widths if b > width), default=width)
 
 
-def _size(space: Space, kind: Kind) -> NDArray[np.int64]:
-    return weight_bits(space) if kind == "weights" else activation_bits(space)
-
-
 def _kinds(cost: Cost, space: Space) -> list[Kind]:
     """Tell whether a cost depends on weights, on activations, or on both."""
     varies = (cost.steps != cost.steps[:, :, :1]).any((0, 2))
@@ -295,10 +313,25 @@ def _kinds(cost: Cost, space: Space) -> list[Kind]:
     return [kind for kind in _KINDS if any(names[i][0] == kind[0] for i in rows)]
 
 
-def _nothing() -> Front:
-    """A front of no groups, for a pair of which one half is missing."""
-    one = Space.from_json([{"name": "w:", "num_elements": 1, "macs": 0, "menu": [1]}])
-    return Front(one, np.zeros(1, np.int64), np.zeros(1), np.zeros((1, 0), np.int8))
+def _refuse(problem: Problem, what: str) -> NoReturn:
+    """Say that nothing is within the budgets, or that none of these allocations is."""
+    milp_solution(problem.tables.space, problem.tables.sensitivity, problem.budgets)
+    raise ValueError(f"no allocations of {what} are within the budgets, others are")
+
+
+def _refuse_constant(budget: Budget, space: Space) -> None:
+    least = budget.cost.of(space, Allocation.of(space, _uniform(space, 0, 0)))
+    if least > budget.limit:
+        verdict = Verdict(budget.cost.name, budget.limit, least, None)
+        raise InfeasibleBudgetsError([verdict])
+
+
+def _together(space: Space, chosen: Sequence[Allocation]) -> Allocation:
+    """Join allocations of parts to one of the whole."""
+    bits: dict[str, int] = {}
+    for allocation in chosen:
+        bits |= dict(zip(allocation.names, allocation.bits, strict=True))
+    return Allocation.of(space, bits)
 
 
 SEARCHERS: dict[str, Searcher] = {
@@ -308,7 +341,7 @@ SEARCHERS: dict[str, Searcher] = {
         exact=False,
     ),
     "exact": FrontSearcher(
-        lambda tables, cost: pareto_front(tables.space, tables.sensitivity, cost), exact=True
+        lambda part, cost: pareto_front(part.space, part.sensitivity, cost), exact=True
     ),
     "channel": ChannelSearcher(),
 }

@@ -29,7 +29,7 @@ from search.artefacts import CostSources, GroupTables, TablesArtefact
 from search.errors import InputError
 from search.evaluate import Evaluation
 
-__all__ = ["CHANNEL_COSTS", "Tables", "network_costs"]
+__all__ = ["CHANNEL_COSTS", "Part", "Tables", "network_costs"]
 
 # What adds up over channels, too.
 CHANNEL_COSTS = ("weight_bits", "activation_bits", "peak_activation_bits", "stored_bits")
@@ -101,20 +101,48 @@ class Tables:
                 raise InputError(f"{name} cannot be limited here, {_reason(name, self.space)}")
         return tuple(Budget(self.costs[name], limit) for name, limit in limits.items())
 
-    def part(self, kind: Kind) -> "tuple[Tables, list[int]] | None":
-        """Return the tables of the weights, or of the activations, and their rows in these.
-
-        Costs are left out; None where there is none of the kind.
-        """
+    def part(self, kind: Kind) -> "Part | None":
+        """Return the weights' part, or the activations'; None where there is none of the kind."""
         space = self.space.part(kind)
         if space is None:
             return None
-        kept = set(space.names)
-        rows = [i for i, name in enumerate(self.space.names) if name in kept]
+        named = enumerate(self.space.names)
+        rows = np.array([i for i, name in named if name.startswith(PREFIX[kind])], np.int64)
         columns = np.searchsorted(self.space.widths, space.widths)
-        chosen = np.ix_(np.array(rows), columns)
-        traces, errors = self.traces[rows], self.trace_errors[rows]
-        return Tables(space, self.sensitivity[chosen], {}, traces, errors), rows
+        sensitivity = self.sensitivity[np.ix_(rows, columns)]
+        return Part(kind, space, sensitivity, self.traces[rows], rows, columns)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The weights, or the activations, of a space with its tables.
+
+    Attributes:
+        kind: Which of the two.
+        space: Its groups.
+        sensitivity: Ω, shape (R, C).
+        traces: Hessian traces, shape (R,).
+        rows: Of the whole's tables, shape (R,).
+        columns: Of the whole's tables, shape (C,).
+    """
+
+    kind: Kind
+    space: Space
+    sensitivity: NDArray[np.float64]
+    traces: NDArray[np.float64]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+    @property
+    def size(self) -> NDArray[np.int64]:
+        """Bits of all weights, or of one example's activations, shape (R, C)."""
+        return weight_bits(self.space) if self.kind == "weights" else activation_bits(self.space)
+
+    def cost(self, whole: Cost) -> NDArray[np.int64]:
+        """Return the part's table, shape (R, C), of a cost that is a plain sum."""
+        (table,) = whole.steps
+        mine: NDArray[np.int64] = table[np.ix_(self.rows, self.columns)]
+        return mine
 
 
 def network_costs(space: Space, sources: CostSources, num_scales: Sequence[int]) -> list[Cost]:

@@ -141,10 +141,11 @@ def test_pins_and_ties_of_the_command_hold(run):
 
 def test_tables_of_a_part_are_the_rows_of_their_kind():
     whole = Tables.of(tables())
-    part, rows = whole.part("activations")
-    assert [whole.space.names[i] for i in rows] == list(part.space.names)
+    part = whole.part("activations")
+    assert [whole.space.names[i] for i in part.rows] == list(part.space.names)
     assert part.space.widths == ACTIVATIONS
-    assert np.array_equal(part.sensitivity, whole.sensitivity[rows][:, 1:])
+    assert np.array_equal(part.sensitivity, whole.sensitivity[part.rows][:, 1:])
+    assert np.array_equal(part.cost(whole.costs["activation_bits"]), part.size)
     only = network_space(READS, WEIGHTS)
     assert (
         Tables(only, whole.sensitivity[:3], {}, whole.traces, whole.traces).part("activations")
@@ -219,6 +220,38 @@ def test_tables_that_make_no_sense_are_refused_by_their_place(run, change, where
     path.write_text(json.dumps(document))
     with pytest.raises(InputError, match=rf"tables\.json .* another form of '{where}'"):
         allocate(path.parent, ["average_bits=3"])
+
+
+@pytest.mark.parametrize("method", ["exact", "monotone", "uniform"])
+def test_a_table_where_no_width_is_faster_is_kept_or_refused(run, method):
+    # As measured on a processor, which computes with eight bits whatever it is given.
+    whole = tables(latency=True)
+    flat = [entry.model_copy(update={"ns": 1000}) for entry in whole.latency_ns]
+    folder = run(whole.model_copy(update={"latency_ns": flat}))
+    found, _ = allocate(folder, ["average_bits=3", "latency_ms=0.003"], method=method)
+    assert found.costs["latency_ns"] == 3000
+    with pytest.raises(InputError, match=r"latency at 0\.0029 ms cannot be, even alone"):
+        allocate(folder, ["average_bits=3", "latency_ms=0.0029"], method=method)
+
+
+@pytest.mark.parametrize(("method", "what"), [("monotone", "fronts"), ("uniform", "bits")])
+def test_a_method_hands_out_nothing_that_is_not_its_own(run, method, what):
+    # Only 2 bits for the layer of the largest average trace and 8 for the others are in time.
+    whole = tables(latency=True)
+    part = Tables.of(whole).part("weights")
+    average = part.traces / [group.num_elements for group in part.space.groups]
+    keep = {group.owner: 8 for group in part.space.groups}
+    keep[part.space.groups[int(average.argmax())].owner] = 2
+    prices = [
+        entry.model_copy(update={"ns": 1000 if entry.weight_bits == keep[entry.layer] else 5000})
+        for entry in whole.latency_ns
+    ]
+    folder = run(whole.model_copy(update={"latency_ns": prices}))
+    budget = ["average_bits=8", "latency_ms=0.003"]
+    found, _ = allocate(folder, budget)
+    assert {layer: found.bits[f"w:{layer}"] for layer in keep} == keep
+    with pytest.raises(InputError, match=f"{what}.* are within the budgets, others are"):
+        allocate(folder, budget, method=method)
 
 
 def test_a_latency_table_that_lacks_a_layer_is_refused(run):

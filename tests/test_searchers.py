@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hawq.allocate import Budget, InfeasibleBudgetError, InfeasibleBudgetsError
+from hawq.allocate import InfeasibleBudgetError, InfeasibleBudgetsError
 from hawq.allocation import Allocation
 from hawq.cost import (
     Operation,
@@ -164,10 +164,12 @@ def test_budgets_that_nothing_is_within_say_what_would_do():
         best("hawq-v2", make_problem(tables, weight_bits=1000, bops=10))
 
 
-def test_a_cost_of_channels_is_never_of_both_kinds():
-    problem = make_problem(make_tables([30], (2, 4), 0, tensors=[5]), bops=10**6)
-    assert problem.apart() is None
-    assert isinstance(problem.budgets[0], Budget)
+def test_a_budget_that_joins_weights_and_activations_leaves_no_halves():
+    tables = make_tables([30], (2, 4), 0, tensors=[5])
+    assert make_problem(tables, bops=10**6).halves() is None
+    weights, activations = make_problem(tables, weight_bits=100).halves()
+    assert (weights.limit, activations.budget) == (100, None)
+    assert activations.limit == 20  # five activations at their most
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -9,7 +9,7 @@ from hawq.allocate.hull import Hull, lower_hull
 from hawq.allocate.lagrangian import lagrangian_solution
 from hawq.allocate.milp import Budget, InfeasibleBudgetsError, Verdict, milp_solution
 from hawq.allocate.monotone import monotone_front
-from hawq.allocate.paired import best_pair
+from hawq.allocate.paired import Options, best_pair
 from hawq.allocate.pareto import pareto_front
 from hawq.allocate.solution import Solution
 
@@ -20,6 +20,7 @@ __all__ = [
     "Hull",
     "InfeasibleBudgetError",
     "InfeasibleBudgetsError",
+    "Options",
     "Solution",
     "Verdict",
     "best_pair",

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from hawq.curvature.network import differentiable
+from hawq.reads import channel_axis, tensor_name
 
 __all__ = [
     "ActivationTape",
@@ -202,11 +203,10 @@ class ActivationTape:
             tensor = args[0]
             if any(seen.tensor is tensor for seen in self.seen):
                 return
-            number = sum(seen.site.name.rpartition("#")[0] == name for seen in self.seen)
-            # A linear layer reads its features last, a convolution its channels second.
-            axis = tensor.ndim - 1 if isinstance(layer, nn.Linear) else 1
+            axis = channel_axis(layer) % tensor.ndim
             elements = tensor.numel() // (self._num_examples or len(tensor))
-            site = Site(f"{name}#{number}", elements, tensor.shape[axis])
+            named = tensor_name(name, (seen.site.name for seen in self.seen))
+            site = Site(named, elements, tensor.shape[axis])
             edge = get_gradient_edge(tensor) if tensor.requires_grad else None
             self.seen.append(_Seen(site, tensor, edge, axis))
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from hawq.allocation import Bits, by_owner
 from hawq.quantizers import best_scales, codes, has_odd_codes, nearest_codes
-from hawq.reads import Reads, read_network
+from hawq.reads import Reads, channel_axis, read_network
 from hawq.space import evaluating, sharing_layers
 
 __all__ = [
@@ -179,10 +179,11 @@ class _LearnedStep(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         of: _Codes = ctx.codes
         ratio = x / scale
-        outside = (ratio < of.low).logical_or_(ratio > of.high)
+        clamped = ratio.clamp(of.low, of.high)
+        outside = clamped.ne(ratio)
         # q − x/s inside, q outside
-        inside = ratio.masked_fill(outside, 0)
-        slope = nearest_codes(ratio, of.low, of.high, odd=of.odd).sub_(inside)
+        slope = nearest_codes(clamped, of.low, of.high, odd=of.odd)
+        slope = slope.sub_(ratio.masked_fill_(outside, 0))
         if scale.numel() == 1:
             grad_scale = slope.flatten().dot(grad.flatten()).view(scale.shape)
         else:
@@ -340,7 +341,7 @@ def _attach_to_activations(
         name = read.activation
         if name in bits and name not in quantizers:
             _check_channels(f"a:{name}", bits[name], tensors[name].num_channels)
-            axis = -1 if isinstance(model.get_submodule(read.module), nn.Linear) else 1
+            axis = channel_axis(model.get_submodule(read.module))
             quantizers[name] = ActivationQuantizer(bits[name], name, axis).to(device)
         calls.setdefault(read.module, []).append(quantizers.get(name) or nn.Identity())
     for name, of_calls in calls.items():

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from hawq.allocate import InfeasibleBudgetError, InfeasibleBudgetsError, Verdict, lower_hull
 from hawq.allocate.front import evenly, merge_ties
-from hawq.cost import activation_bits, average_bits, compression, weight_bits
+from hawq.cost import average_bits, compression
 from hawq.space import Kind
 from search.artefacts import BudgetLimit, Candidate, CandidatesArtefact, FrontPoints
 from search.config import Budget
@@ -50,9 +50,11 @@ def make(search: Search) -> CandidatesArtefact:
         ],
         fronts=[found for method in config.methods for found in fronts(method, tables, channels)],
         candidates=[
-            candidate(method, budget, tables, channels, rules=rules, seed=config.seed)
+            candidate(method, budget, used, rules=rules, seed=config.seed)
             for budget in config.budgets
             for method in config.methods
+            for used in [channels if SEARCHERS[method].by_channel else tables]
+            if used is not None  # the config has tables of channels made where a method needs them
         ],
     )
 
@@ -90,10 +92,7 @@ def _hull(method: str, channels: Tables, kind: Kind) -> FrontPoints | None:
     part = channels.part(kind)
     if part is None:
         return None
-    tables, _ = part
-    space = tables.space
-    size = weight_bits(space) if kind == "weights" else activation_bits(space)
-    rows = merge_ties(space, tables.sensitivity, size)
+    rows = merge_ties(part.space, part.sensitivity, part.size)
     hull = lower_hull(rows.sensitivity, rows.cost)
     kept = evenly(hull.total_cost, MAX_HULL_POINTS)
     return FrontPoints(
@@ -106,36 +105,22 @@ def _hull(method: str, channels: Tables, kind: Kind) -> FrontPoints | None:
 
 
 def candidate(
-    method: str,
-    budget: Budget,
-    tables: Tables,
-    channels: Tables | None,
-    *,
-    rules: Rules | None = None,
-    seed: int = 0,
+    method: str, budget: Budget, used: Tables, *, rules: Rules | None = None, seed: int = 0
 ) -> Candidate:
     """Let one method choose under one budget.
 
     Args:
         method: Its name.
         budget: What the allocation may cost.
-        tables: Of layers and activation tensors.
-        channels: Of channels; None where there are none.
+        used: Tables of channels for a method that gives them bits, else of layers and tensors.
         rules: For channels.
         seed: Of whatever is random.
 
     Raises:
-        InputError: If nothing is within the budget, a cost is not known, or there are no tables
-            of channels for a method that needs them.
+        InputError: If nothing is within the budget, or a cost is not known.
     """
     started = time.monotonic()
     searcher = SEARCHERS[method]
-    used = channels if searcher.by_channel else tables
-    if used is None:
-        raise InputError(
-            f"{method}: needs the traces of channels, which this run has not: add {method} to the "
-            "config's methods before the search"
-        )
     problem = Problem(used, used.budgets(budget.limits(used.space)), used.proxy, rules or Rules())
     try:
         found = list(searcher.search(problem, evaluations=1, seed=seed))
