@@ -8,6 +8,7 @@ for a trial and for the whole search alike.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,14 @@ from search.fit import fit, read_progress, saved_epochs
 from search.folder import write_atomically
 from search.tasks.checkpoint import save_state
 
-__all__ = ["TrialSpec", "calibration_inputs", "quantized_model", "run_trial", "run_trials"]
+__all__ = [
+    "TrialSpec",
+    "calibration_inputs",
+    "num_calibration_batches",
+    "quantized_model",
+    "run_trial",
+    "run_trials",
+]
 
 _CALIBRATION_EXAMPLES = 1024
 _CALIBRATION_BATCH = 256
@@ -67,6 +75,11 @@ def quantized_model(task: Task, state: Mapping[str, Tensor], spec: TrialSpec) ->
     example = task.inputs(task.batch("train", torch.arange(min(2, task.size("train")))))
     attach(model, spec.bits, example)
     return model
+
+
+def num_calibration_batches(task: Task) -> int:
+    """Count the batches of ``calibration_inputs``."""
+    return math.ceil(min(_CALIBRATION_EXAMPLES, task.size("train")) / _CALIBRATION_BATCH)
 
 
 def calibration_inputs(task: Task, device: str) -> Iterator[Tensor]:

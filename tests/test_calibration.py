@@ -18,11 +18,11 @@ from hawq.finetune.untrained import untrained_losses
 from hawq.quantizers import best_scales, quantize
 from hawq.sensitivity import omega
 from hawq.space import Group, Space
-from hawq.spread import spread
-from search.agreement import agreement, mean_and_error
 from search.artefacts import CalibrationArtefact
+from search.calibration.agreement import agreement, mean_and_error
+from search.calibration.interactions import interactions
+from search.calibration.single_choices import spread
 from search.config_file import load_config
-from search.interactions import interactions
 from search.pipeline import run, trained
 from search.report.calibration_figure import increases, matrix
 from search.report.calibration_findings import trust

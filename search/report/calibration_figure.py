@@ -7,7 +7,6 @@ from html import escape
 import plotly.graph_objects as go
 
 from hawq.space import PREFIX, Kind
-from search.agreement import is_clear
 from search.artefacts import (
     CalibrationArtefact,
     Candidate,
@@ -16,6 +15,7 @@ from search.artefacts import (
     Interactions,
     Summary,
 )
+from search.calibration.agreement import is_clear
 from search.report.canvas import FAINT, canvas
 from search.report.named_axis import show_names
 from search.report.palette import Look, looks

@@ -1,7 +1,7 @@
 """Stage 5: how far Ω can be trusted, against the measured loss and against its own errors."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, islice
 from typing import Any
@@ -15,10 +15,9 @@ from torch import Tensor
 from hawq.allocate.stability import stability
 from hawq.allocation import Allocation
 from hawq.finetune.untrained import untrained_losses
-from hawq.spread import spread
 from hawq.task import Task
-from search.agreement import agreement, is_clear, mean_and_error
 from search.artefacts import (
+    Agreement,
     BudgetLimit,
     BudgetStability,
     CalibrationArtefact,
@@ -28,8 +27,17 @@ from search.artefacts import (
     GroupIncrease,
     TablesArtefact,
 )
+from search.calibration import (
+    Bits,
+    Gained,
+    agreement,
+    interactions,
+    is_clear,
+    key_of,
+    mean_and_error,
+    spread,
+)
 from search.folder import content_hash
-from search.interactions import Bits, Gained, interactions, key_of
 from search.searchers import SEARCHERS, Problem
 from search.stages.search import Search
 from search.tables import Tables
@@ -94,7 +102,7 @@ def _budgets(search: Search) -> list[BudgetLimit]:
     return search.folder.load("candidates", CandidatesArtefact)[0].budgets
 
 
-def _order(tables: Tables) -> Any:
+def _order(tables: Tables) -> Callable[[tuple[str, int]], tuple[int, int]]:
     """Sort choices as the space is: a chunk of weights alone needs no samples of activations."""
     places = {name: i for i, name in enumerate(tables.space.names)}
     return lambda choice: (places[choice[0]], choice[1])
@@ -190,7 +198,7 @@ def _single(
     )
 
 
-def _agreement(choices: Sequence[GroupIncrease], gained: Gained, seed: int) -> Any:
+def _agreement(choices: Sequence[GroupIncrease], gained: Gained, seed: int) -> Agreement:
     rows = [gained[frozenset([(c.group, c.bits)])] for c in choices]
     num_images = len(next(iter(gained.values())))
     predicted = np.array([c.predicted for c in choices])

@@ -1,5 +1,6 @@
 """Stage 3: Ω of every layer, tensor and channel at every width, and what costs come of."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from search.artefacts import (
 from search.folder import content_hash
 from search.latency import read_latency
 from search.stages.search import Search
-from search.trials import calibration_inputs
+from search.trials import calibration_inputs, num_calibration_batches
 
 __all__ = ["inputs", "make", "sources"]
 
@@ -56,17 +57,16 @@ def make(search: Search) -> TablesArtefact:
     """Price every group at every width, with the quantizers that the trials use."""
     model = search.task.model()
     model.load_state_dict(search.weights)
-    channels = search.channels
-    by_tensor = _activation_errors(search, model, search.space)
-    by_channel = _activation_errors(search, model, channels) if channels is not None else {}
+    samples = _activation_samples(search)
+
+    def groups(space: Space) -> dict[str, Any]:
+        errors = _weight_errors(search, model, space) | _activation_errors(samples, space)
+        return _groups(search, space, errors)
+
     return TablesArtefact(
-        **_groups(search, search.space, _weight_errors(search, model, search.space) | by_tensor),
+        **groups(search.space),
         **dict(sources(search)),
-        channels=None
-        if channels is None
-        else GroupTables(
-            **_groups(search, channels, _weight_errors(search, model, channels) | by_channel)
-        ),
+        channels=GroupTables(**groups(search.channels)) if search.channels else None,
     )
 
 
@@ -149,23 +149,39 @@ def _weight_errors(search: Search, model: nn.Module, space: Space) -> _Errors:
     return errors
 
 
-def _activation_errors(search: Search, model: nn.Module, space: Space) -> _Errors:
-    """E‖Q_b(a) − a‖² of each tensor, or channel, with the ranges that trials start from."""
-    part = space.part("activations")
+def _activation_samples(search: Search) -> dict[str, Tensor]:
+    """Sample what trials calibrate ranges on: of each tensor (1, n), or (C, n) if channels count.
+
+    One pass over the data serves tensors and channels alike.
+    """
+    part = (search.channels or search.space).part("activations")
     if part is None:
         return {}
+    model = search.task.model()
+    model.load_state_dict(search.weights)
     example = search.task.inputs(search.task.batch("train", torch.arange(1)))
-    quantized = search.task.model()
-    quantized.load_state_dict(model.state_dict())
-    attach(quantized, dict(zip(part.names, (g.menu[0] for g in part.groups), strict=True)), example)
-    samples = sample_activations(quantized, calibration_inputs(search.task, "cpu"))
-    sizes = {f"{g.name[:2]}{g.owner}": g.num_elements for g in part.groups}
+    some_bits = {group.name: group.menu[0] for group in part.groups}  # any: nothing is rounded
+    attach(model, some_bits, example)
+
+    def batches() -> Iterator[Tensor]:
+        for done, batch in enumerate(calibration_inputs(search.task, "cpu")):
+            search.progress("tables", done, num_calibration_batches(search.task), "batches")
+            yield batch
+
+    return sample_activations(model, batches())
+
+
+def _activation_errors(samples: dict[str, Tensor], space: Space) -> _Errors:
+    """E‖Q_b(a) − a‖² of each tensor, or channel, in the ranges of least error."""
+    part = space.part("activations")
     errors: _Errors = {}
-    for name, size in sizes.items():
-        rows = samples[name[2:]]
-        signed = bool((rows < 0).any())
-        mean = channel_errors(rows, space.widths, signed=signed) / rows.shape[1]
-        errors[name] = size * mean.numpy()
+    for group in part.groups if part else ():
+        name = f"a:{group.owner}"
+        if name not in errors:
+            rows = samples[group.owner]
+            rows = rows if group.is_channel else rows.reshape(1, -1)
+            mean = channel_errors(rows, space.widths, signed=bool((rows < 0).any()))
+            errors[name] = group.num_elements * (mean / rows.shape[1]).numpy()
     return errors
 
 

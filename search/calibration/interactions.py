@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from search.agreement import is_clear, mean_and_error
 from search.artefacts import Interactions
+from search.calibration.agreement import is_clear, mean_and_error
 
 __all__ = ["Bits", "Gained", "interactions", "key_of"]
 
