@@ -53,6 +53,8 @@ class TrialSpec:
         recipe: How to train; the same for all trials of a comparison.
         seed: Of the training; the same for all.
         folder: Where the checkpoint and the result are.
+        order: Layers in the order in which their weights are quantized, block by block; empty
+            quantizes all from the start.
     """
 
     digest: str
@@ -60,6 +62,7 @@ class TrialSpec:
     recipe: Recipe
     seed: int
     folder: Path
+    order: tuple[tuple[str, ...], ...] = ()
 
 
 def quantized_model(task: Task, state: Mapping[str, Tensor], spec: TrialSpec) -> nn.Module:
