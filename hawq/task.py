@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Batch", "Factor", "Objective", "Task", "moved"]
+__all__ = ["Batch", "Distillable", "Factor", "Objective", "Task", "moved"]
 
 # Tensors in any nesting of tuples, lists and dicts; only the task looks inside.
 Batch = Any
@@ -107,6 +107,22 @@ class Task(Objective, Protocol):
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return each example's score, shape (N,), higher is better; the split's is their mean."""
+        ...
+
+
+@runtime_checkable
+class Distillable(Protocol):
+    """What a task has besides, if its network may learn from an unquantized one."""
+
+    def distillation(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
+        """Return how far each example's outputs are from the teacher's, shape (N,), 0 or more.
+
+        Args:
+            outputs: What the network returned while its losses were computed, float32.
+            teacher_outputs: What the unquantized network returned for the same batch.
+            temperature: By which both are divided before they become probabilities, say; the
+                training multiplies by its square.
+        """
         ...
 
 

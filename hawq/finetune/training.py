@@ -8,63 +8,24 @@ same bits as an undisturbed one.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hawq.curvature.probes import probe_seed
-from hawq.finetune.quantized import ActivationQuantizer, WeightQuantizer
+from hawq.finetune.averaging import WeightAverage
+from hawq.finetune.batch_norm import batch_norms
+from hawq.finetune.distillation import distilled_losses
+from hawq.finetune.fake_quantizers import ActivationQuantizer, WeightQuantizer
+from hawq.finetune.recipe import Recipe
 from hawq.space import evaluating
-from hawq.task import Task, moved
+from hawq.task import Batch, Task, moved
 
-__all__ = ["DivergedError", "Recipe", "evaluate", "make_optimizer", "train_epoch"]
+__all__ = ["DivergedError", "evaluate", "make_optimizer", "train_epoch"]
 
 
 class DivergedError(ValueError):
     """The training loss became NaN or infinite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        epochs: Passes over the training split.
-        batch_size: Examples a step.
-        lr: Peak learning rate of SGD with Nesterov momentum; cosine to zero after a warm-up.
-        momentum: Of SGD.
-        weight_decay: Of weights; scales, biases and batch-norm have none.
-        warmup: Share of all steps in which the rate rises from zero.
-        scale_lr: Learning rate of quantization scales as a multiple of ``lr``.
-        freeze_batch_norm: Share of the epochs after which batch-norm's statistics stay fixed;
-            low-bit networks oscillate otherwise.
-        examples_per_epoch: Examples drawn an epoch; None takes the whole split.
-        precision: ``"bf16"`` runs forward passes in bfloat16 where torch's autocast would.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup: float = 0.05
-    scale_lr: float = 1.0
-    freeze_batch_norm: float = 0.6
-    examples_per_epoch: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    def steps_per_epoch(self, size: int) -> int:
-        """Whole batches an epoch takes from a split of ``size`` examples, at least one."""
-        return max(1, min(size, self.examples_per_epoch or size) // self.batch_size)
-
-    def rate(self, progress: float) -> float:
-        """Learning rate after a share of all steps."""
-        if progress < self.warmup:
-            return self.lr * progress / self.warmup
-        cosine = math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup))
-        return self.lr * (1 + cosine) / 2
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
@@ -98,6 +59,8 @@ def train_epoch(
     *,
     epoch: int,
     seed: int,
+    teacher: nn.Module | None = None,
+    average: WeightAverage | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> float:
     """Train for one epoch.
@@ -109,6 +72,9 @@ def train_epoch(
         recipe: How to train.
         epoch: Which epoch, from 0; with ``seed`` it fixes order and augmentation.
         seed: Of the whole training.
+        teacher: What a recipe with distillation learns from, on the same device; see
+            ``hawq.finetune.distillation``.
+        average: Takes every step's weights in.
         on_step: Called with the steps done and the steps of the epoch.
 
     Returns:
@@ -116,7 +82,11 @@ def train_epoch(
 
     Raises:
         DivergedError: If the loss is NaN or infinite.
+        ValueError: If the training split is smaller than a batch, or a recipe with distillation
+            has no teacher.
     """
+    if recipe.distillation and teacher is None:
+        raise ValueError(f"distillation must be 0 without a teacher, got {recipe.distillation:g}")
     generator = torch.Generator().manual_seed(probe_seed(seed, epoch, 0))
     size = task.size("train")
     steps = recipe.steps_per_epoch(size)
@@ -132,7 +102,7 @@ def train_epoch(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
             with _precision(recipe, device):
-                loss = task.losses(model, batch).float().mean()
+                loss = _losses(model, task, batch, recipe, teacher).float().mean()
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise DivergedError(
@@ -142,6 +112,8 @@ def train_epoch(
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
+            if average is not None:
+                average.update(model)
             total += value
             if on_step is not None:
                 on_step(step + 1, steps)
@@ -160,10 +132,20 @@ def evaluate(model: nn.Module, task: Task, split: str, *, batch_size: int = 256)
     return torch.cat(scores)
 
 
-def batch_norms(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the network's batch-norm layers."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return (module for module in model.modules() if isinstance(module, kinds))
+def _losses(
+    model: nn.Module, task: Task, batch: Batch, recipe: Recipe, teacher: nn.Module | None
+) -> Tensor:
+    if not recipe.distillation:
+        return task.losses(model, batch)
+    assert teacher is not None
+    return distilled_losses(
+        model,
+        teacher,
+        task,
+        batch,
+        weight=recipe.distillation,
+        temperature=recipe.temperature,
+    )
 
 
 def _train_mode(model: nn.Module, *, freeze: bool) -> None:

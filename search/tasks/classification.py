@@ -113,6 +113,15 @@ class ClassificationTask:
         logits: Tensor = model(batch[0])
         return logits, [softmax_factor(logits)]
 
+    def distillation(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
+        """Return KL(teacher‖network) of the softened classes, shape (N,) (Hinton et al., 2015)."""
+        return F.kl_div(
+            (outputs / temperature).log_softmax(1),
+            (teacher_outputs / temperature).log_softmax(1),
+            reduction="none",
+            log_target=True,
+        ).sum(1)
+
     def scores(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """Return 1 where the likeliest class is right, else 0, shape (N,)."""
         correct: Tensor = model(batch[0]).argmax(1) == batch[1]
