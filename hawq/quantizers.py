@@ -1,4 +1,4 @@
-"""Uniform quantizers, their ranges, and the squared errors that they make.
+"""Uniform quantizers: integer codes, and the squared errors that they make.
 
 Weights: symmetric, one scale an output channel, integer codes −2^(b−1) … 2^(b−1)−1 from three bits
 on (as LSQ, Esser et al., 2020, and HAWQ-V3, Yao et al., 2021). One and two bits have the odd codes,
@@ -7,32 +7,149 @@ codes −2 … 1 would be lopsided: on a trained ResNet20 their errors have a me
 size in every layer, which adds up where random errors do not, and the loss rises eight times as
 much (5.3 against 0.66, summed over layers quantized one by one; from three bits on at most 1.5
 times). No bits have the one code 0. Activations: one scale a tensor, codes 0 … 2^b−1 where the
-tensor is never negative, else as for weights.
+tensor is never negative, else as for weights. A ``Scheme`` says otherwise.
 
-Ranges minimize the squared error. Which range Ω sees decides the allocation: on a trained ResNet
-ranges from the largest weight with the codes −2 … 1 lose 65 % of ‖W‖², the best ones 17 %, and the
-best ones with odd codes 15 %.
+Asymmetric codes are those of 0 … 2^b−1 shifted by a zero point, so that zero has a code.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hawq.allocation import Bits
+
 __all__ = [
-    "best_scales",
-    "channel_errors",
+    "Codes",
+    "Learning",
+    "RangeMethod",
+    "Scheme",
+    "Schemes",
     "codes",
+    "dorefa",
     "has_odd_codes",
-    "nearest_codes",
+    "nearest",
     "quantize",
-    "squared_errors",
 ]
 
-# Candidate ranges as fractions of the largest magnitude, then refinements at fixed codes.
-_NUM_RANGES = 48
-_NUM_REFINEMENTS = 6
+RangeMethod = Literal["mse", "minmax", "percentile"]
+Learning = Literal["lsq", "pact", "dorefa", "fixed"]
+
 _TINY = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the values of weights, or of activations, become codes.
+
+    Attributes:
+        learning: ``lsq`` learns the scales (Esser et al., 2020). ``pact`` learns the largest value
+            of an activation, with a gradient from what it clips and weight decay (Choi et al.,
+            2018). ``dorefa`` takes a weight's tanh, in units of its largest, and clips activations
+            at 1 (Zhou et al., 2016); see ``dorefa``. ``fixed`` leaves the scales as they began.
+        range: Where scales begin, and what Ω sees: ``mse`` at the least squared error, ``minmax``
+            at the largest value, ``percentile`` at that percentile of the magnitudes.
+        percentile: In 50 … 100; asymmetric ranges leave out as much at either end.
+        symmetric: Whether zero is the middle of the codes, or their first where no value is
+            negative; else a zero point shifts them.
+        per: A scale for each channel, or one for the tensor. Channels that have bits of their own
+            have scales of their own.
+    """
+
+    learning: Learning = "lsq"
+    range: RangeMethod = "mse"
+    percentile: float = 99.9
+    symmetric: bool = True
+    per: Literal["channel", "tensor"] = "channel"
+
+    def __post_init__(self) -> None:
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile must be within 50..100, got {self.percentile}")
+        if self.learning == "dorefa" and not self.symmetric:
+            raise ValueError("symmetric must be true with learning dorefa, got false")
+
+
+@dataclass(frozen=True, slots=True)
+class Schemes:
+    """The schemes of a network's weights and of its activations.
+
+    Raises:
+        ValueError: If weights are to be learned with ``pact``, which is for activations.
+    """
+
+    weights: Scheme = Scheme()
+    activations: Scheme = Scheme(per="tensor")
+
+    def __post_init__(self) -> None:
+        if self.weights.learning == "pact":
+            raise ValueError("learning must be lsq, dorefa or fixed for weights, got pact")
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The integers q = step·k + offset for whole k in low … high, for all or for each row.
+
+    Attributes:
+        low: Of k; a number, or a tensor that broadcasts over rows.
+        high: Likewise.
+        step: 2 where codes are odd, else 1.
+        offset: 1 where codes are odd, else 0.
+    """
+
+    low: int | Tensor
+    high: int | Tensor
+    step: int | Tensor = 1
+    offset: int | Tensor = 0
+
+    @staticmethod
+    def of(
+        bits: Bits, *, signed: bool, symmetric: bool = True, zero_point: int | Tensor = 0
+    ) -> "Codes":
+        """Return the codes of one width, or of each row's own, shape (C,).
+
+        Args:
+            bits: One, or C of them, each 0..8.
+            signed: Whether symmetric codes may be negative.
+            symmetric: Whether there is no zero point.
+            zero_point: Of asymmetric codes, in 0..2^b−1; a number, or shape (C,).
+
+        Raises:
+            ValueError: If a width is outside 0..8.
+        """
+        if isinstance(bits, int):
+            if not symmetric:
+                codes(bits)
+                return Codes(-zero_point, 2**bits - 1 - zero_point)
+            low, high = codes(bits, signed=signed)
+            return _odd(low, high) if signed and has_odd_codes(bits) else Codes(low, high)
+        own = [Codes.of(b, signed=signed, symmetric=symmetric) for b in bits]
+        ends = torch.tensor([[row.low, row.high, row.step, row.offset] for row in own]).T
+        if isinstance(zero_point, Tensor):
+            ends = ends.to(zero_point)
+        odd = bool(ends[3].any())
+        return Codes(
+            ends[0] - zero_point,
+            ends[1] - zero_point,
+            ends[2] if odd else 1,
+            ends[3] if odd else 0,
+        )
+
+    def like(self, scale: Tensor) -> "Codes":
+        """Return the same on the device of the scales, in their shape where rows differ."""
+        if isinstance(self.low, int) and isinstance(self.step, int):
+            return self
+        low, high, step, offset = (
+            x.to(scale).view(scale.shape) if isinstance(x, Tensor) else x
+            for x in (self.low, self.high, self.step, self.offset)
+        )
+        return Codes(low, high, step, offset)
+
+    @property
+    def largest(self) -> int | Tensor:
+        """The largest code, at least 1."""
+        top = self.step * self.high + self.offset
+        return top.clamp_min(1) if isinstance(top, Tensor) else max(top, 1)
 
 
 def codes(bits: int, *, signed: bool = True) -> tuple[int, int]:
@@ -57,8 +174,30 @@ def has_odd_codes(bits: int) -> bool:
     return bits in {1, 2}
 
 
+def nearest(x: Tensor, scale: Tensor, of: Codes) -> Tensor:
+    """Round to the nearest multiple of ``scale`` that has a code, as floats, in a new tensor.
+
+    Args:
+        x: Any shape.
+        scale: Positive, broadcastable to ``x``.
+        of: Codes, in the scales' shape where rows differ.
+    """
+    unit = scale * of.step
+    k = x * unit.reciprocal().to(x.dtype) if scale.ndim else x * unit.reciprocal()
+    if _is_shifted(of):
+        k = k.sub_(of.offset / of.step)
+    k = k.round_()
+    if isinstance(of.low, Tensor) or isinstance(of.high, Tensor):
+        low, high = (torch.as_tensor(end, device=k.device).to(k.dtype) for end in (of.low, of.high))
+        k = torch.maximum(torch.minimum(k, high), low)  # a clamp between tensors is slower
+    else:
+        k = k.clamp_(of.low, of.high)
+    k = k.mul_(unit)
+    return k.add_(scale * of.offset) if _is_shifted(of) else k
+
+
 def quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True) -> Tensor:
-    """Round ``x`` to the nearest multiple of ``scale`` that has a code, as floats.
+    """Round ``x`` to the nearest multiple of ``scale`` that has a symmetric code, as floats.
 
     Args:
         x: Any shape.
@@ -66,105 +205,39 @@ def quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True) -> Ten
         bits: 0..8.
         signed: Whether codes may be negative.
     """
-    return _rounded(x, scale, *codes(bits, signed=signed), signed and has_odd_codes(bits))
+    return nearest(x, scale, Codes.of(bits, signed=signed))
 
 
-def best_scales(x: Tensor, bits: int, *, signed: bool = True) -> Tensor:
-    """Find the scale of each row that minimizes its squared quantization error.
+def dorefa(weight: Tensor, bits: Bits) -> Tensor:
+    """Quantize a weight as DoReFa does (Zhou et al., 2016), in the size that it has.
 
-    A grid of ranges, then alternating least squares: at fixed codes q the best scale is
-    ⟨x, q⟩ / ⟨q, q⟩, which never increases the error. For rows of a hundred normal weights the
-    result is within 1 % of the least error at up to five bits and within 12 % at eight, where the
-    error is hundreds of times smaller.
-
-    Args:
-        x: Rows, shape (C, n).
-        bits: 0..8.
-        signed: Whether codes may be negative.
-
-    Returns:
-        Positive scales, shape (C, 1); a row of zeros gets a scale whose codes are all zero (one
-        bit has no zero: its scale is then negligible). Without bits every scale is 1.
-    """
-    if bits == 0:
-        return torch.ones_like(x[:, :1])
-    if signed and bits == 1:
-        return x.abs().mean(1, keepdim=True).clamp_min(_TINY)
-    low, high = codes(bits, signed=signed)
-    odd = signed and has_odd_codes(bits)
-    largest = x.abs().amax(1, keepdim=True).clamp_min(_TINY)
-    scale = largest / high
-    error = _row_errors(x, scale, low, high, odd)
-
-    def consider(candidate: Tensor) -> None:
-        nonlocal scale, error
-        candidate_error = _row_errors(x, candidate, low, high, odd)
-        wins = candidate_error < error
-        scale = torch.where(wins, candidate, scale)
-        error = torch.where(wins, candidate_error, error)
-
-    # A signed range may exceed the positive codes by one: with few bits that matters.
-    for fraction in torch.linspace(1 / _NUM_RANGES, 1.25, _NUM_RANGES).tolist():
-        consider(largest * (fraction / high))
-    for _ in range(_NUM_REFINEMENTS):
-        q = nearest_codes(x / scale, low, high, odd=odd)
-        fitted = (x * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp_min(_TINY)
-        # Where every code is zero there is nothing to fit.
-        consider(torch.where(fitted > 0, fitted, scale))
-    return scale
-
-
-def channel_errors(rows: Tensor, widths: Sequence[int], *, signed: bool = True) -> Tensor:
-    """‖Q_b(x) − x‖² of each row at each width, one scale a row: shape (C, B), float64.
-
-    Args:
-        rows: Shape (C, n).
-        widths: Bit-widths.
-        signed: Whether codes may be negative.
-    """
-    errors = []
-    for bits in widths:
-        scales = best_scales(rows, bits, signed=signed)
-        rounded = quantize(rows, scales, bits, signed=signed)
-        errors.append((rounded - rows).double().square().sum(1))
-    return torch.stack(errors, 1)
-
-
-def squared_errors(weight: Tensor, widths: Sequence[int]) -> Tensor:
-    """‖Q_b(W) − W‖² of a layer at each width, shape (B,), float64.
+    tanh(w) in units of its largest magnitude m has the 2^b levels ±1, ±3 … ±(2^b−1) over 2^b−1. The
+    paper leaves it there, within −1 … 1, for networks trained so from the start; times m, the
+    network that was trained in floating point stays itself at many bits. One bit is sign(w)·E|w|.
+    Gradients pass straight through the rounding, and through tanh.
 
     Args:
         weight: Output channels first, shape (C, …).
-        widths: Bit-widths.
+        bits: 1..8, or one for each output channel, 0..8.
     """
-    return channel_errors(weight.detach().flatten(1), widths).sum(0)
+    shape = (-1, *[1] * (weight.ndim - 1))
+    widths = torch.tensor([bits] if isinstance(bits, int) else list(bits), device=weight.device)
+    levels = (2.0**widths - 1).to(weight).view(shape)
+    bent = weight.tanh()
+    largest = bent.abs().amax().detach().clamp_min(_TINY)
+    position = (bent / largest + 1) / 2 * levels
+    rounded = position + (position.round() - position).detach()
+    many = (2 * rounded / levels.clamp_min(1) - 1) * largest
+    # At zero the sign is a code, too.
+    sign = torch.where(weight < 0, -1.0, 1.0).to(weight)
+    one = (sign * weight.abs().mean()).detach() + (weight - weight.detach())
+    widths = widths.view(shape)
+    return torch.where(widths > 1, many, one) * (widths > 0)
 
 
-def nearest_codes(
-    ratio: Tensor, low: int | Tensor, high: int | Tensor, *, odd: bool | Tensor
-) -> Tensor:
-    """Round in place to the nearest code.
-
-    Args:
-        ratio: Values in units of the scale; overwritten.
-        low: The least code, broadcastable to ``ratio``.
-        high: The largest.
-        odd: Whether codes are odd; a mask where rows differ.
-    """
-    if isinstance(odd, Tensor):
-        to_odd = ratio.div(2).floor_().mul_(2).add_(1)
-        ratio = torch.where(odd, to_odd, ratio.round_())
-    elif odd:
-        ratio = ratio.div_(2).floor_().mul_(2).add_(1)
-    else:
-        ratio = ratio.round_()
-    # Torch declares two numbers or two tensors, which one union cannot say.
-    return ratio.clamp_(low, high)  # type: ignore[arg-type]
+def _odd(low: int, high: int) -> Codes:
+    return Codes((low - 1) // 2, (high - 1) // 2, 2, 1)
 
 
-def _rounded(x: Tensor, scale: Tensor, low: int, high: int, odd: bool) -> Tensor:
-    return nearest_codes(x / scale, low, high, odd=odd).mul_(scale)
-
-
-def _row_errors(x: Tensor, scale: Tensor, low: int, high: int, odd: bool) -> Tensor:
-    return (_rounded(x, scale, low, high, odd) - x).square().sum(1, keepdim=True)
+def _is_shifted(of: Codes) -> bool:
+    return isinstance(of.offset, Tensor) or of.offset != 0

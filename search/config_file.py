@@ -6,7 +6,7 @@ Unknown keys are refused with the nearest known one. Strings may name environmen
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -82,15 +82,21 @@ def template() -> str:
         model = SearchConfig.model_fields[name].annotation
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
-        lines = [f"\n# {name}:  # {(model.__doc__ or '').splitlines()[0]}"]
-        for key, field in model.model_fields.items():
-            default = yaml.safe_dump(
-                field.get_default(call_default_factory=True), default_flow_style=True
-            )
-            note = f"  # {field.description}" if field.description else ""
-            lines.append(f"#   {key}: {default.splitlines()[0]}{note}")
-        sections.append("\n".join(lines) + "\n")
+        sections.append("\n" + "\n".join(_section(name, model, "# ")) + "\n")
     return head + "".join(sections)
+
+
+def _section(name: str, model: type[BaseModel], indent: str) -> Iterator[str]:
+    """Yield the lines that show a section's keys, with their defaults, as comments."""
+    yield f"{indent}{name}:  # {(model.__doc__ or '').splitlines()[0]}"
+    for key, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            yield from _section(key, type(default), indent + "  ")
+            continue
+        shown = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+        note = f"  # {field.description}" if field.description else ""
+        yield f"{indent}  {key}: {shown}{note}"
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

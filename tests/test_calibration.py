@@ -15,7 +15,8 @@ from torch import nn
 
 from hawq.finetune import Recipe, calibrate
 from hawq.finetune.untrained import untrained_losses
-from hawq.quantizers import best_scales, quantize
+from hawq.quantizers import quantize
+from hawq.ranges import best_scales
 from hawq.sensitivity import omega
 from hawq.space import Group, Space
 from search.artefacts import CalibrationArtefact

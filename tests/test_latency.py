@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hawq.allocation import Allocation
 from hawq.cost import Operation, latency
-from hawq.quantizers import best_scales, quantize
+from hawq.quantizers import quantize
+from hawq.ranges import best_scales
 from hawq.space import Group, Space
 from search.errors import InputError
 from search.latency import (

@@ -5,13 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hawq.finetune.quantized import (
-    ActivationQuantizer,
-    attach,
-    calibrate,
-    detach,
-    sample_activations,
-)
+from hawq.finetune.attachment import attach, detach
+from hawq.finetune.calibration import calibrate, sample_activations
+from hawq.finetune.fake_quantizers import ActivationQuantizer
+from hawq.quantizers import Schemes
 from hawq.space import evaluating
 from hawq.task import Batch, Task, moved
 
@@ -27,6 +24,7 @@ def untrained_losses(
     allocations: Sequence[Mapping[str, int]],
     indices: Tensor,
     inputs: Callable[[], Iterable[Tensor]],
+    schemes: Schemes | None = None,
 ) -> Tensor:
     """Evaluate each example's loss under several quantizations, in eval mode.
 
@@ -41,6 +39,7 @@ def untrained_losses(
             stays in floating point. One without names is the network itself.
         indices: Training examples, shape (N,); all of them are held in memory.
         inputs: Makes the batches of inputs that ranges come from, each of shape (N, …).
+        schemes: How weights and activations are quantized; None as ``attach`` has it.
 
     Returns:
         Losses, shape (J, N), float64, on the CPU. A row depends on its own allocation alone.
@@ -48,10 +47,10 @@ def untrained_losses(
     device = next(model.parameters()).device
     batches = [moved(task.batch("train", part), device) for part in indices.split(_BATCH)]
     example = task.inputs(moved(task.batch("train", torch.arange(1)), device))
-    samples = _samples(model, allocations, example, inputs)
+    samples = _samples(model, allocations, example, inputs, schemes)
     rows = []
     for bits in allocations:
-        attach(model, bits, example)
+        attach(model, bits, example, schemes)
         try:
             if _is_sampled(bits):
                 for module in model.modules():
@@ -75,12 +74,13 @@ def _samples(
     allocations: Sequence[Mapping[str, int]],
     example: Tensor,
     inputs: Callable[[], Iterable[Tensor]],
+    schemes: Schemes | None,
 ) -> dict[str, Tensor]:
     """Sample the tensors that are quantized where no weight is, in one pass over the inputs."""
     names = {name: 8 for bits in allocations if _is_sampled(bits) for name in bits}
     if not names:
         return {}
-    attach(model, names, example)
+    attach(model, names, example, schemes)
     try:
         return sample_activations(model, inputs())
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hawq.allocate.stability import stability
 from hawq.allocation import Allocation
 from hawq.finetune.untrained import untrained_losses
+from hawq.quantizers import Schemes
 from hawq.task import Task
 from search.artefacts import (
     Agreement,
@@ -140,7 +141,9 @@ def _measure(search: Search, wanted: Sequence[Bits]) -> tuple[NDArray[np.float64
     remote = _losses.options(num_cpus=trials.cpus, num_gpus=trials.gpus)
     state = ray.put(search.weights)
     pending = [
-        remote.remote(search.task, state, chunk, indices, trials.cpus, trials.gpus > 0)
+        remote.remote(
+            search.task, state, chunk, indices, trials.cpus, trials.gpus > 0, search.schemes
+        )
         for chunk in _chunks(distinct)
     ]
     for done in range(1, len(pending) + 1):
@@ -168,6 +171,7 @@ def _losses(
     indices: Tensor,
     cpus: float,
     gpu: bool,
+    schemes: Schemes,
 ) -> tuple[Any, float]:
     torch.set_num_threads(max(1, int(cpus)))
     started = time.process_time()
@@ -176,7 +180,7 @@ def _losses(
     model.load_state_dict(state)
     model.to(device)
     losses = untrained_losses(
-        model, task, allocations, indices, lambda: calibration_inputs(task, device)
+        model, task, allocations, indices, lambda: calibration_inputs(task, device), schemes
     )
     return losses.numpy(), time.process_time() - started
 

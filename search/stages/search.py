@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hawq.finetune import fixed_activations
+from hawq.quantizers import Schemes
 from hawq.reads import Reads
 from hawq.space import Space
 from hawq.task import Task
@@ -13,8 +14,8 @@ from search.artefacts import (
     CandidatesArtefact,
     CurvatureArtefact,
     ModelArtefact,
+    SeededTrial,
     TablesArtefact,
-    Trial,
     TrialsArtefact,
 )
 from search.config import SearchConfig
@@ -70,6 +71,12 @@ class Search:
         return fixed_activations(self.reads, config.activations.bits, config.activations.input_bits)
 
     @property
+    def schemes(self) -> Schemes:
+        """How weights and activations are quantized, for Ω and for training alike."""
+        config = self.config
+        return Schemes(config.weights.quantizer.scheme(), config.activations.quantizer.scheme())
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """The network's weights before quantization."""
         return read_state(self.folder.path / "model.safetensors")
@@ -99,7 +106,7 @@ class Search:
         return self.folder.load("candidates", CandidatesArtefact)[0].candidates
 
     @property
-    def trials(self) -> list[Trial]:
+    def trials(self) -> list[SeededTrial]:
         """What the trials stage left."""
         return self.folder.load("trials", TrialsArtefact)[0].trials
 

@@ -1,6 +1,7 @@
 """Stage 3: Ω of every layer, tensor and channel at every width, and what costs come of."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hawq.finetune import attach, sample_activations
-from hawq.quantizers import channel_errors
+from hawq.quantizers import Scheme
+from hawq.ranges import activation_errors, weight_errors
 from hawq.reads import Reads
 from hawq.sensitivity import omega
 from hawq.space import Space, quantizable_layers
@@ -60,7 +62,9 @@ def make(search: Search) -> TablesArtefact:
     samples = _activation_samples(search)
 
     def groups(space: Space) -> dict[str, Any]:
-        errors = _weight_errors(search, model, space) | _activation_errors(samples, space)
+        errors = _weight_errors(search, model, space) | _activation_errors(
+            samples, space, search.schemes.activations
+        )
         return _groups(search, space, errors)
 
     return TablesArtefact(
@@ -94,7 +98,7 @@ def _groups(search: Search, space: Space, errors: _Errors) -> dict[str, Any]:
     """Put the groups of a space together, whatever they are of."""
     traces, trace_errors = _traces(search, space)
     squared = np.concatenate([errors[owner] for owner in _owners(space)])
-    scales = {f"w:{layer.name}": layer.num_channels for layer in search.reads.layers}
+    scales = _num_scales(search)
     table = omega(space, traces, squared)
     return {
         "space": space.to_json(),
@@ -105,6 +109,15 @@ def _groups(search: Search, space: Space, errors: _Errors) -> dict[str, Any]:
         "trace": traces.tolist(),
         "trace_error": trace_errors.tolist(),
         "num_scales": [1 if g.is_channel else scales.get(g.name, 1) for g in space.groups],
+    }
+
+
+def _num_scales(search: Search) -> dict[str, int]:
+    """Count the scales of each layer and tensor that its scheme gives one a channel."""
+    weights = search.reads.layers if search.schemes.weights.per == "channel" else ()
+    tensors = search.reads.activations if search.schemes.activations.per == "channel" else ()
+    return {f"w:{layer.name}": layer.num_channels for layer in weights} | {
+        f"a:{tensor.name}": tensor.num_channels for tensor in tensors
     }
 
 
@@ -144,7 +157,7 @@ def _weight_errors(search: Search, model: nn.Module, space: Space) -> _Errors:
     for name in search.layers:
         weight = layers[name].weight
         assert isinstance(weight, Tensor)
-        found = channel_errors(weight.detach().flatten(1), space.widths).numpy()
+        found = weight_errors(weight, space.widths, search.schemes.weights).numpy()
         errors[f"w:{name}"] = found if space.groups[0].is_channel else found.sum(0, keepdims=True)
     return errors
 
@@ -161,7 +174,7 @@ def _activation_samples(search: Search) -> dict[str, Tensor]:
     model.load_state_dict(search.weights)
     example = search.task.inputs(search.task.batch("train", torch.arange(1)))
     some_bits = {group.name: group.menu[0] for group in part.groups}  # any: nothing is rounded
-    attach(model, some_bits, example)
+    attach(model, some_bits, example, search.schemes)
 
     def batches() -> Iterator[Tensor]:
         for done, batch in enumerate(calibration_inputs(search.task, "cpu")):
@@ -171,7 +184,7 @@ def _activation_samples(search: Search) -> dict[str, Tensor]:
     return sample_activations(model, batches())
 
 
-def _activation_errors(samples: dict[str, Tensor], space: Space) -> _Errors:
+def _activation_errors(samples: dict[str, Tensor], space: Space, scheme: Scheme) -> _Errors:
     """E‖Q_b(a) − a‖² of each tensor, or channel, in the ranges of least error."""
     part = space.part("activations")
     errors: _Errors = {}
@@ -179,9 +192,13 @@ def _activation_errors(samples: dict[str, Tensor], space: Space) -> _Errors:
         name = f"a:{group.owner}"
         if name not in errors:
             rows = samples[group.owner]
-            rows = rows if group.is_channel else rows.reshape(1, -1)
-            mean = channel_errors(rows, space.widths, signed=bool((rows < 0).any()))
-            errors[name] = group.num_elements * (mean / rows.shape[1]).numpy()
+            if not group.is_channel and scheme.per == "tensor":
+                rows = rows.reshape(1, -1)
+            own = replace(scheme, per="channel") if group.is_channel else scheme
+            mean = (activation_errors(rows, space.widths, own) / rows.shape[1]).numpy()
+            if not group.is_channel:
+                mean = mean.mean(0, keepdims=True)
+            errors[name] = group.num_elements * mean
     return errors
 
 
