@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from hawq.cost import FLOAT_BITS, num_elements
 from hawq.curvature import EstimatorName, StopRule
 from hawq.finetune import Recipe
+from hawq.quantizers import RangeMethod, Scheme
 from hawq.space import Kind, Space
 from search.searchers import SEARCHERS
 
@@ -28,7 +29,7 @@ class _Section(BaseModel):
 
 
 class RecipeConfig(_Section):
-    """How to train: SGD with Nesterov momentum, a warm-up, then a cosine to zero."""
+    """How to train: SGD with Nesterov momentum, a warm-up, then a falling rate."""
 
     epochs: Positive = Field(10, description="Passes over the training split.")
     batch_size: Positive = Field(128, description="Examples a step.")
@@ -36,14 +37,45 @@ class RecipeConfig(_Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps with a rising rate.")
+    schedule: Literal["cosine", "step"] = Field(
+        "cosine", description="After the warm-up: cosine to zero, or step."
+    )
+    milestones: tuple[Share, ...] = Field(
+        (0.5, 0.75), description="Of step: shares of the steps after which the rate falls."
+    )
+    step_factor: float = Field(
+        0.1, gt=0, le=1, description="Of step: the rate is multiplied by it."
+    )
     scale_lr: float = Field(
         1.0, ge=0, description="Rate of quantization scales, as multiple of lr."
     )
     freeze_batch_norm: Share = Field(
         0.6, description="Share of the epochs after which batch-norm statistics stay fixed."
     )
+    reestimate_batch_norm: int = Field(
+        0,
+        ge=0,
+        description="Training batches, without augmentation, on which batch-norm statistics are "
+        "estimated again at the end; 0: not at all.",
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of a running average of the weights, which is what is scored and kept; "
+        "null: the last weights.",
+    )
+    distillation: Share = Field(
+        0.0, description="Weight of imitating the unquantized network's outputs, in the loss."
+    )
+    temperature: float = Field(4.0, gt=0, description="Of both networks' outputs in distillation.")
     examples_per_epoch: Positive | None = Field(None, description="null: the whole split.")
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RecipeConfig":
+        self.recipe()
+        return self
 
     def recipe(self) -> Recipe:
         """Return the same as the training loop takes it."""
@@ -68,6 +100,9 @@ class TaskConfig(_Section):
     pretrain: RecipeConfig | None = Field(
         None, description="Train the network first, where there is no checkpoint."
     )
+    fold_batch_norm: bool = Field(
+        False, description="Fold every batch-norm that follows a layer into it, before the search."
+    )
     search_size: Positive = Field(5000, description="Training images held out to rank candidates.")
     search_indices: str | None = Field(
         None, description="JSON list of training images to rank on that the checkpoint never saw."
@@ -79,6 +114,17 @@ class TaskConfig(_Section):
             raise ValueError("give either data (digits, cifar10) or factory (package.module:name)")
         if self.data is not None and (self.checkpoint is None) == (self.pretrain is None):
             raise ValueError("give either checkpoint (a file of weights) or pretrain (a recipe)")
+        if self.pretrain is not None and self.pretrain.distillation:
+            raise ValueError(
+                "pretrain.distillation must be 0, for there is no network to learn from yet, "
+                f"got {self.pretrain.distillation:g}"
+            )
+        if self.pretrain is not None and self.fold_batch_norm:
+            raise ValueError(
+                "fold_batch_norm needs trained weights, for a network trains with its batch-norm, "
+                "got pretrain: train first, then search again from checkpoint: "
+                "RUN/model.safetensors"
+            )
         depth = int(self.network.removeprefix("resnet"))
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"network must be resnet8, resnet14, resnet20 … (6n+2), got {depth}")
@@ -153,8 +199,47 @@ class _Rules(_Section):
         return space.pinned(self.pin, kind).tied(self.tie, kind)
 
 
+class _QuantizerConfig(_Section):
+    range: RangeMethod = Field(
+        "mse",
+        description="Where scales begin, and what Ω sees: mse (least squared error), minmax, or "
+        "percentile (of the magnitudes).",
+    )
+    percentile: float = Field(99.9, gt=50, le=100)
+    symmetric: bool = Field(True, description="false: a zero point shifts the codes.")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "_QuantizerConfig":
+        self.scheme()
+        return self
+
+    def scheme(self) -> Scheme:
+        """Return the same as the quantizers take it."""
+        return Scheme(**self.model_dump())
+
+
+class WeightQuantizerConfig(_QuantizerConfig):
+    """How weights become codes."""
+
+    learning: Literal["lsq", "dorefa", "fixed"] = Field(
+        "lsq", description="Learned scales; tanh as DoReFa; or scales that stay as they began."
+    )
+    per: Literal["channel", "tensor"] = Field("channel", description="What has a scale.")
+
+
+class ActivationQuantizerConfig(_QuantizerConfig):
+    """How activations become codes."""
+
+    learning: Literal["lsq", "pact", "dorefa", "fixed"] = Field(
+        "lsq", description="Learned scales; learned clipping; clipped at 1; or as they began."
+    )
+    per: Literal["tensor", "channel"] = Field("tensor", description="What has a scale.")
+
+
 class WeightsConfig(_Rules):
     """What each layer's weight, or each of its output channels, may receive."""
+
+    quantizer: WeightQuantizerConfig = WeightQuantizerConfig()
 
     bits: Annotated[list[Annotated[int, Field(ge=0, le=8)]], Field(min_length=1)] = Field(
         [1, 2, 3, 4, 5, 6, 7, 8],
@@ -167,6 +252,8 @@ class WeightsConfig(_Rules):
 
 class ActivationsConfig(_Rules):
     """What each quantized layer reads: a tensor that several read is one."""
+
+    quantizer: ActivationQuantizerConfig = ActivationQuantizerConfig()
 
     bits: Bits | None = Field(
         4, description="Of all, where no budget limits activations; null: floating point."
@@ -335,9 +422,27 @@ class TrialsConfig(_Section):
 
     cpus: float = Field(1, gt=0, description="CPUs (and threads) a trial.")
     gpus: float = Field(0, ge=0, description="GPUs a trial.")
+    workers: Positive = Field(
+        1, description="Processes that train a trial together, each with the CPUs and GPUs above."
+    )
     max_concurrent: Positive | None = Field(None, description="null: as many as fit.")
     max_failures: int = Field(3, ge=0, description="Restarts of a trial whose worker died.")
     asha: bool = Field(False, description="Stop poor trials early; they are then not comparable.")
+    mlflow: str | None = Field(
+        None, description="Tracking URI of MLflow, to keep every trial's course there as well."
+    )
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None,
+        description="Seeds of the fine-tuning: every candidate is trained once with each; null: "
+        "the seed above.",
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int] | None) -> list[int] | None:
+        if seeds is not None and len(set(seeds)) < len(seeds):
+            raise ValueError(f"must be different whole numbers, got {seeds}")
+        return seeds
 
 
 class WorkersConfig(_Section):
@@ -367,6 +472,11 @@ class SearchConfig(_Section):
     latency: str | None = Field(None, description="Latency table; make one with hawq profile.")
     budgets: Annotated[list[Budget], Field(min_length=1)]
     methods: Annotated[list[str], Field(min_length=1)] = ["uniform", "hawq-v2", "exact"]
+    uniform_draws: Positive = Field(
+        1,
+        description="Random orders of uniform at a fractional number of bits. Of several, number d "
+        "is trained with seed number d of trials.seeds alone, counted around.",
+    )
     calibration: CalibrationConfig = CalibrationConfig()
     finetune: RecipeConfig = RecipeConfig()
     trials: TrialsConfig = TrialsConfig()
@@ -419,6 +529,11 @@ class SearchConfig(_Section):
                     f"of methods, or limit {', '.join(_SEPARABLE)}"
                 )
         return self
+
+    @property
+    def training_seeds(self) -> tuple[int, ...]:
+        """The seeds that every candidate is fine-tuned with."""
+        return tuple(self.trials.seeds or [self.seed])
 
     @property
     def by_channel(self) -> bool:

@@ -22,9 +22,10 @@ from pydantic import BaseModel
 from hawq.allocation import Allocation
 from hawq.cost import Cost
 from hawq.curvature import NonFiniteTraceError
-from hawq.finetune import DivergedError
+from hawq.finetune import DivergedError, Recipe
 from hawq.reads import Reads, network_space, read_network
 from hawq.space import Space
+from hawq.task import Task
 from search.artefacts import (
     CalibrationArtefact,
     CandidatesArtefact,
@@ -40,6 +41,7 @@ from search.cluster import connected, refuse_unreachable
 from search.config import Budget, SearchConfig
 from search.errors import InputError
 from search.events import EventLog, Listener
+from search.fit import refuse_impossible
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
 from search.report import write_report
@@ -48,6 +50,7 @@ from search.stages.search import Search
 from search.tables import network_costs
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights
+from search.tasks.folded import FoldedTask, folding
 
 __all__ = ["STAGES", "Stage", "run", "trained"]
 
@@ -106,6 +109,10 @@ def run(
         InputError: If something that was given is wrong; nothing is half-written then.
     """
     with _under_way(config, out, STAGES, force, listeners) as (search, cluster):
+        _refuse_recipe(search.task, config.finetune.recipe(), "finetune")
+        kept = folding(search.task).kept if isinstance(search.task, FoldedTask) else {}
+        for norm, reason in kept.items():
+            search.events.emit("run", "warning", f"batch-norm {norm} is not folded: {reason}")
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_atomically(out / "config.yaml", resolved)
         for stage in STAGES:
@@ -201,11 +208,21 @@ def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Searc
             "curvature.batch_size: must be less than the training examples, "
             f"got {config.curvature.batch_size} and {task.size('train')}"
         )
+    if config.task.pretrain is not None:
+        _refuse_recipe(task, config.task.pretrain.recipe(), "task.pretrain")
     search = Search(config, task, reads, space, channels, checkpoint, folder, events)
     costs = network_costs(space, tables.sources(search), [0] * len(space))
     for index, budget in enumerate(config.budgets):
         _refuse_infeasible(space, {cost.name: cost for cost in costs}, budget, f"budgets.{index}")
     return search
+
+
+def _refuse_recipe(task: Task, recipe: Recipe, path: str) -> None:
+    """Refuse a training that the task does not allow."""
+    try:
+        refuse_impossible(recipe, task, task.model())
+    except ValueError as error:
+        raise InputError(f"{path}.{error}") from error
 
 
 def _space(config: SearchConfig, reads: Reads, *, by_channel: bool) -> Space:

@@ -13,14 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hawq.finetune.batch_norm import BatchNorm
+
 __all__ = ["WeightAverage"]
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 class WeightAverage:
-    """The average of everything floating in a network's state; what is not, is the latest.
+    """The average of a network's weights, biases, scales and batch-norm statistics.
+
+    Whatever else its state holds (zero points, counters) is the latest.
 
     Args:
-        model: Whose state is averaged: weights, biases, scales, batch-norm statistics.
+        model: Whose state is averaged.
         decay: d, between 0 and 1.
     """
 
@@ -28,6 +34,10 @@ class WeightAverage:
         self.decay = decay
         self.num_steps = 0
         self._tensors = {name: value.clone() for name, value in _state(model).items()}
+        self._averaged = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, BatchNorm):
+                self._averaged |= {f"{name}.{key}".lstrip(".") for key in _STATISTICS}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -35,7 +45,7 @@ class WeightAverage:
         self.num_steps += 1
         share = (1 - self.decay) / (1 - self.decay**self.num_steps)
         for name, value in self._matched(model):
-            if value.is_floating_point():
+            if name in self._averaged:
                 self._tensors[name].lerp_(value, share)
             else:
                 self._tensors[name].copy_(value)

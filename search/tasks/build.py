@@ -8,6 +8,7 @@ from hawq.task import Task
 from search.config import TaskConfig
 from search.errors import InputError
 from search.tasks.classification import ClassificationTask
+from search.tasks.folded import folded, folding
 
 __all__ = ["build_task"]
 
@@ -20,8 +21,24 @@ def build_task(config: TaskConfig, seed: int) -> Task:
         seed: Draws the search split.
 
     Raises:
-        InputError: If the factory cannot be imported, or does not make a task.
+        InputError: If the factory cannot be imported, or does not make a task, or its network has
+            no batch-norm that could be folded.
     """
+    plain = _plain_task(config, seed)
+    if not config.fold_batch_norm:
+        return plain
+    task = folded(plain)
+    found = folding(task)
+    if not found.layers:
+        why = "; ".join(f"{name}: {reason}" for name, reason in found.kept.items())
+        raise InputError(
+            "task.fold_batch_norm: must be false for a network without a batch-norm that can be "
+            f"folded, got true ({why or 'it has none'})"
+        )
+    return task
+
+
+def _plain_task(config: TaskConfig, seed: int) -> Task:
     if config.factory is None:
         assert config.data is not None
         return ClassificationTask(

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from hawq.finetune.folding import fold_state
 from search.errors import InputError
 from search.folder import write_atomically
 
@@ -20,12 +21,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load a checkpoint into a network.
 
     A ``module.`` before every name (data-parallel training) is dropped, and a torch file may hold
-    the weights under ``state_dict`` or ``model``.
+    the weights under ``state_dict`` or ``model``. A folded network takes those of the unfolded one.
 
     Raises:
         InputError: If the file cannot be read, or names or shapes do not match.
     """
-    state = read_state(path)
+    state = _folded(model, read_state(path))
     expected = model.state_dict()
     # Old checkpoints lack this counter of batch-norm, which evaluation never reads.
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
@@ -47,6 +48,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{'; '.join(complaints)}: check task.network"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _folded(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return fold_state(model, state)
+    except (KeyError, RuntimeError):  # of another network: the caller says in what way
+        return state
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,100 @@
+"""A task whose network has its batch-norms folded into its layers: all that follows sees that one.
+
+Curvature, Ω and trials are then of the weights that integer hardware multiplies with.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hawq.finetune import fold_batch_norm
+from hawq.finetune.folding import Foldable, foldable
+from hawq.task import Batch, Distillable, Factor, Task
+
+__all__ = ["FoldedTask", "folded", "folding"]
+
+
+@dataclass(frozen=True)
+class FoldedTask:
+    """Another task with a folded network; see ``hawq.task.Task``.
+
+    Attributes:
+        inner: The task as it was.
+    """
+
+    inner: Task
+
+    @property
+    def score_name(self) -> str:
+        """The inner task's."""
+        return self.inner.score_name
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one than the inner task's: the weights to quantize are others."""
+        return hashlib.sha256(f"{self.inner.fingerprint} folded".encode()).hexdigest()[:16]
+
+    @property
+    def search_seen(self) -> bool:
+        """The inner task's."""
+        return self.inner.search_seen
+
+    def model(self) -> nn.Module:
+        """Build the network and fold it."""
+        return fold_batch_norm(self.inner.model(), _example(self.inner))
+
+    def size(self, split: str) -> int:
+        """Count the examples of a split."""
+        return self.inner.size(split)
+
+    def batch(self, split: str, indices: Tensor) -> Batch:
+        """Return the inner task's examples."""
+        return self.inner.batch(split, indices)
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Augment as the inner task does."""
+        return self.inner.augment(batch, generator)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Return what the network takes."""
+        return self.inner.inputs(batch)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each example's loss, shape (N,)."""
+        return self.inner.losses(model, batch)
+
+    def curvature(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sequence[Factor]] | None:
+        """Return the inner task's outputs and factors."""
+        return self.inner.curvature(model, batch)
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each example's score, shape (N,)."""
+        return self.inner.scores(model, batch)
+
+
+class _FoldedDistillableTask(FoldedTask):
+    """The same of a task whose network may learn from another."""
+
+    def distillation(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
+        """Return the inner task's divergences, shape (N,)."""
+        inner = cast(Distillable, self.inner)
+        return inner.distillation(outputs, teacher_outputs, temperature)
+
+
+def folded(task: Task) -> FoldedTask:
+    """Fold a task's network; it may learn from another one if the task's could."""
+    is_distillable = isinstance(task, Distillable)
+    return _FoldedDistillableTask(task) if is_distillable else FoldedTask(task)
+
+
+def folding(task: FoldedTask) -> Foldable:
+    """Tell which batch-norms its network's layers take in, and why the others stay."""
+    return foldable(task.inner.model(), _example(task.inner))
+
+
+def _example(task: Task) -> Tensor:
+    return task.inputs(task.batch("train", torch.arange(1)))
