@@ -69,6 +69,16 @@ class RecipeConfig(_Section):
         0.0, description="Weight of imitating the unquantized network's outputs, in the loss."
     )
     temperature: float = Field(4.0, gt=0, description="Of both networks' outputs in distillation.")
+    activations_first: float = Field(
+        0.0, ge=0, lt=1, description="Share of the training with activations quantized alone."
+    )
+    staging: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="Share of the training within which blocks of layers are quantized one after "
+        "the other, for the methods that do so.",
+    )
     examples_per_epoch: Positive | None = Field(None, description="null: the whole split.")
     precision: Literal["fp32", "bf16"] = "fp32"
 

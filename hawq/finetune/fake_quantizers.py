@@ -41,6 +41,11 @@ class WeightQuantizer(nn.Module):
         self._codes: Codes | None = None
         self.start(weight)
 
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay draws the scale towards zero, as it does PACT's."""
+        return self.scheme.learning == "pact"
+
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Fit the range to a weight, of the same shape."""

@@ -33,6 +33,9 @@ class Recipe:
         distillation: Weight, 0..1, of the divergence from the unquantized network's outputs in the
             loss (Hinton et al., 2015): (1 − α) · loss + α · T² · divergence.
         temperature: T: of both networks' outputs in the divergence.
+        activations_first: Share of the training in which activations alone are quantized.
+        staging: Share of the training within which blocks of layers are quantized one after the
+            other, where a candidate says in which order.
         examples_per_epoch: Examples drawn an epoch; None takes the whole split.
         precision: ``"bf16"`` runs forward passes in bfloat16 where torch's autocast would.
 
@@ -55,6 +58,8 @@ class Recipe:
     ema: float | None = None
     distillation: float = 0.0
     temperature: float = 4.0
+    activations_first: float = 0.0
+    staging: float = 0.5
     examples_per_epoch: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -74,6 +79,8 @@ class Recipe:
             ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or null"),
             ("distillation", 0 <= self.distillation <= 1, "within 0..1"),
             ("temperature", self.temperature > 0, "above 0"),
+            ("activations_first", 0 <= self.activations_first < 1, "within 0..1, below 1"),
+            ("staging", 0 <= self.staging < 1 - self.activations_first, "below what is left of 1"),
             ("precision", self.precision in {"fp32", "bf16"}, "'fp32' or 'bf16'"),
         ):
             if not holds:

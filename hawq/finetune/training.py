@@ -18,6 +18,7 @@ from hawq.finetune.batch_norm import batch_norms
 from hawq.finetune.distillation import distilled_losses
 from hawq.finetune.fake_quantizers import ActivationQuantizer, WeightQuantizer
 from hawq.finetune.recipe import Recipe
+from hawq.finetune.staging import Staging
 from hawq.space import evaluating
 from hawq.task import Batch, Task, moved
 
@@ -29,12 +30,14 @@ class DivergedError(ValueError):
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Make the recipe's optimizer: decayed weights, plain vectors, and quantization scales."""
+    """Make the recipe's optimizer: decayed weights, plain vectors, scales, and decayed scales."""
     quantizers = [
         m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)
     ]
-    scales = [quantizer.scale for quantizer in quantizers]
-    is_scale = {id(scale) for scale in scales}
+    is_scale = {id(quantizer.scale) for quantizer in quantizers}
+    learned = [quantizer for quantizer in quantizers if quantizer.scale.requires_grad]
+    scales = [quantizer.scale for quantizer in learned if not quantizer.decays]
+    clipping = [quantizer.scale for quantizer in learned if quantizer.decays]
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_scale]
     weights = [p for p in others if p.ndim > 1]
     vectors = [p for p in others if p.ndim <= 1]
@@ -42,6 +45,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         {"params": weights, "weight_decay": recipe.weight_decay, "factor": 1.0},
         {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
         {"params": scales, "weight_decay": 0.0, "factor": recipe.scale_lr},
+        {"params": clipping, "weight_decay": recipe.weight_decay, "factor": recipe.scale_lr},
     ]
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
@@ -61,6 +65,7 @@ def train_epoch(
     seed: int,
     teacher: nn.Module | None = None,
     average: WeightAverage | None = None,
+    staging: Staging | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> float:
     """Train for one epoch.
@@ -75,6 +80,7 @@ def train_epoch(
         teacher: What a recipe with distillation learns from, on the same device; see
             ``hawq.finetune.distillation``.
         average: Takes every step's weights in.
+        staging: Quantizes layers one after the other; None: all are from the start.
         on_step: Called with the steps done and the steps of the epoch.
 
     Returns:
@@ -98,7 +104,10 @@ def train_epoch(
         for step in range(steps):
             indices = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
             batch = moved(task.augment(task.batch("train", indices), generator), device)
-            rate = recipe.rate((epoch * steps + step) / (recipe.epochs * steps))
+            done, all_steps = epoch * steps + step, recipe.epochs * steps
+            if staging is not None:
+                staging.advance((done - 1) / all_steps, done / all_steps)
+            rate = recipe.rate(done / all_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
             with _precision(recipe, device):
