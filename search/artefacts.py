@@ -5,6 +5,9 @@ tables have one row a layer and one column a bit-width of ``widths``. Sizes are 
 ``hawq schema summary`` prints the JSON Schema of ``summary.json``, which holds all of them.
 """
 
+import hashlib
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +26,7 @@ __all__ = [
     "CostSources",
     "CurvatureArtefact",
     "Difference",
+    "Draw",
     "EigenvalueDocument",
     "EpochRecord",
     "FrontPoints",
@@ -34,6 +38,7 @@ __all__ = [
     "ModelArtefact",
     "OperationEntry",
     "Score",
+    "SeededTrial",
     "StageCost",
     "Summary",
     "TablesArtefact",
@@ -52,6 +57,11 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 class _Artefact(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _short_hash(data: object) -> str:
+    text = json.dumps(data, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 class ModelArtefact(_Artefact):
@@ -261,6 +271,15 @@ class FrontPoints(_Artefact):
     )
 
 
+class Draw(_Artefact):
+    """Another choice of a random method under the same budget."""
+
+    digest: str
+    bits: dict[str, int]
+    costs: dict[str, int]
+    sensitivity: float
+
+
 class Candidate(_Artefact):
     """What one method chose under one budget."""
 
@@ -286,6 +305,38 @@ class Candidate(_Artefact):
     )
     evaluations: int = Field(description="Allocations that the method scored to find this one.")
     seconds: float
+    order: list[list[str]] = Field(
+        [],
+        description="Layers in the order in which fine-tuning quantizes their weights, block by "
+        "block; empty: all from the start.",
+    )
+    draws: list[Draw] = Field(
+        [], description="The further choices of a random method, of which the above is the first."
+    )
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of what is trained, draw by draw: of the allocation and of the order where it has one."""
+        order = f"-{_short_hash(self.order)}" if self.order else ""
+        return tuple(
+            f"{digest}{order}" for digest in [self.digest, *(d.digest for d in self.draws)]
+        )
+
+    @property
+    def key(self) -> str:
+        """What scores go by: equal keys are trained and tested once."""
+        first, *others = self.digests
+        return f"{first}+{_short_hash(others)}" if others else first
+
+    def trainings(self, seeds: Sequence[int]) -> list[tuple[str, int]]:
+        """Return the digest and the seed of every fine-tuning, in the order of the seeds.
+
+        One choice is trained with every seed; of several draws, number d with seed number d alone,
+        counted around.
+        """
+        if len(self.digests) == 1:
+            return [(self.digests[0], seed) for seed in seeds]
+        return [(digest, seeds[d % len(seeds)]) for d, digest in enumerate(self.digests)]
 
     @property
     def weight_bits(self) -> int:
@@ -434,28 +485,60 @@ class Trial(_Artefact):
         return self.epochs[-1].search_score if self.epochs else None
 
 
+class SeededTrial(Trial):
+    """The same, with the seed of the fine-tuning."""
+
+    seed: int
+
+
 class TrialsArtefact(_Artefact):
     """Every trial; their weights are in ``trials/FOLDER/model.safetensors``."""
 
-    trials: list[Trial]
+    trials: list[SeededTrial]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, in the order of the config."""
+        return tuple(dict.fromkeys(trial.seed for trial in self.trials))
+
+    def of(self, candidate: Candidate) -> list[SeededTrial]:
+        """Return the trials of a candidate, in the order of the seeds."""
+        found = {(trial.digest, trial.seed): trial for trial in self.trials}
+        return [found[t] for t in candidate.trainings(self.seeds) if t in found]
 
 
 class Score(_Artefact):
-    """A score on the test split, in [0, 1], with standard errors over its examples."""
+    """A score on the test split, in [0, 1], the mean over all trainings of a candidate.
+
+    Standard errors hold the choice of examples and, of several trainings, the spread between them;
+    ``search.replicates`` has the formula.
+    """
 
     score: float
     standard_error: float
     drop: float = Field(description="Unquantized minus this, on the same examples.")
     drop_standard_error: float = Field(description="Of the paired difference.")
+    seeds: list[int] = Field(
+        [], description="Of the trainings that it is the mean of; empty: nothing was trained."
+    )
+    seed_scores: list[float] = Field([], description="Of each of them.")
+    digests: list[str] = Field([], description="Of what each of them trained.")
+    seeds_error: float | None = Field(
+        None, description="The trainings' part of the errors; null: one training has none."
+    )
 
 
 class Difference(_Artefact):
-    """Two candidates on the same test examples; the error is that of the paired difference."""
+    """Two candidates on the same test examples and the same seeds, with the paired error."""
 
-    first: str = Field(description="Digest.")
+    first: str = Field(description="The candidate's key.")
     second: str
     difference: float = Field(description="Score of the first minus score of the second.")
     standard_error: float
+    num_seeds: int = Field(1, description="That both were trained with.")
+    seeds_error: float | None = Field(
+        None, description="The trainings' part of the error; null: one pair has none."
+    )
 
 
 class TestArtefact(_Artefact):
@@ -465,11 +548,20 @@ class TestArtefact(_Artefact):
 
     num_examples: int
     unquantized: Score
-    scores: dict[str, Score] = Field(description="By the allocation's digest.")
-    differences: list[Difference] = Field(description="Of every two scored candidates, once.")
+    scores: dict[str, Score] = Field(
+        description="By the candidate's key: the allocation's digest, and what tells orders and "
+        "draws apart."
+    )
+    differences: list[Difference] = Field(
+        description="Of every two scored candidates that have a seed in common, once."
+    )
 
     def paired(self, first: str, second: str) -> tuple[float, float]:
-        """Return the difference of two candidates' scores and its standard error."""
+        """Return the difference of two candidates' scores and its standard error.
+
+        Raises:
+            KeyError: If the two have no seed in common, or one has no score.
+        """
         for pair in self.differences:
             if (pair.first, pair.second) == (first, second):
                 return pair.difference, pair.standard_error

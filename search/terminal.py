@@ -1,6 +1,7 @@
 """What a person sees while a search runs: bars in a terminal, plain lines elsewhere."""
 
 import time
+from statistics import fmean
 from types import TracebackType
 
 from rich import box
@@ -144,7 +145,8 @@ def result_table(summary: Summary) -> Table:
     candidates = summary.candidates.candidates
     is_joint = any(row.activation_average_bits is not None for row in candidates)
     table = Table(
-        title=f"{summary.name}: {model.score_name} on {test.num_examples} test examples",
+        title=f"{summary.name}: {model.score_name} on {test.num_examples} test examples, "
+        f"{_seeds(summary)}",
         box=box.SIMPLE_HEAD,
         collapse_padding=is_joint,
         pad_edge=not is_joint,
@@ -165,6 +167,19 @@ def result_table(summary: Summary) -> Table:
             cells = [*_sizes(row, is_joint), *_scores(summary, row)]
             table.add_row(label, row.method, *cells, end_section=i == len(rows))
     return table
+
+
+def _seeds(summary: Summary) -> str:
+    """Say how many seeds scores are of, and which rows are of fewer."""
+    most = len(summary.trials.seeds)
+    told = f"{most} seed{'' if most == 1 else 's'}"
+    fewer = dict.fromkeys(
+        f"{row.method} {found}"
+        for row in summary.candidates.candidates
+        if (score := summary.test.scores.get(row.key)) is not None
+        and (found := len(set(score.seeds))) < most
+    )
+    return f"{told} ({', '.join(fewer)})" if fewer else told
 
 
 def _spread(label: str, num: int) -> list[str]:
@@ -191,11 +206,11 @@ def _sizes(row: Candidate, is_joint: bool) -> list[str]:
 
 
 def _scores(summary: Summary, row: Candidate) -> list[str]:
-    score = summary.test.scores.get(row.digest)
-    trial = next(trial for trial in summary.trials.trials if trial.digest == row.digest)
-    untrained = f"{100 * trial.epochs[0].search_score:.1f}" if trial.epochs else ""
+    score, trials = summary.test.scores.get(row.key), summary.trials.of(row)
+    before = [trial.epochs[0].search_score for trial in trials if trial.epochs]
+    untrained = f"{100 * fmean(before):.1f}" if before else ""
     if score is None:
-        return [untrained, trial.status, ""]
+        return [untrained, trials[0].status, ""]
     drop = f"{100 * score.drop:+.2f} ± {100 * score.drop_standard_error:.2f}".replace("+", "")
     return [untrained, _percent(score), drop]
 

@@ -110,7 +110,7 @@ def test_every_column_has_a_cell_in_every_row():
     page = Page(render(make_joint()))
     rows = [row for row in page.rows if len(row) > 2]
     assert len(rows) == 2 + 6
-    assert {len(row) for row in rows} == {1 + 8 + 5}
+    assert {len(row) for row in rows} == {1 + 8 + 6}
 
 
 def test_a_candidates_costs_are_in_its_row():

@@ -24,10 +24,10 @@ from search.artefacts import (
     FrontPoints,
     ModelArtefact,
     Score,
+    SeededTrial,
     StageCost,
     Summary,
     TablesArtefact,
-    Trial,
     TrialsArtefact,
 )
 from search.artefacts import (
@@ -120,9 +120,10 @@ def make_summary(
                 for e in range(9)
             ]
             trials.append(
-                Trial(
+                SeededTrial(
                     digest=digest,
                     folder=digest,
+                    seed=17,
                     status="finished",
                     reason="",
                     epochs=epochs,
@@ -135,6 +136,9 @@ def make_summary(
                 standard_error=0.0028,
                 drop=drop,
                 drop_standard_error=0.0017,
+                seeds=[17],
+                seed_scores=[0.9173 - drop],
+                digests=[digest],
             )
     trace = [3.0e2 * 0.75**i * draw.uniform(0.4, 2.5) for i in range(len(layers))]
     return Summary(
@@ -362,6 +366,7 @@ def test_every_number_of_every_candidate_is_in_its_row():
                 percent(trial.epochs[-1].search_score),
                 f"{percent(score.score)} ± 0.28",
                 f"{points(score.drop)} ± 0.17",
+                "1",
                 significant(candidate.seconds),
                 candidate.digest[:8],
             ]
@@ -802,7 +807,7 @@ def test_scored_allocations_are_told_where_a_method_scored_several():
     candidates = summary.model_dump()["candidates"]["candidates"]
     candidates[0]["evaluations"] = 1500
     page = Page(render(changed(summary, candidates={"candidates": candidates})))
-    assert page.row("uniform")[11] == "1,500"
+    assert page.row("uniform")[12] == "1,500"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from search.artefacts import EigenvalueDocument, Summary, TraceArtefact
 from search.report.quantities import count, counted, significant
-from search.report.results import results_by_budget
+from search.report.results import Result, results_by_budget
 from search.report.trace_caveats import iteration_caveats
 
 __all__ = ["caveats"]
@@ -75,19 +75,35 @@ def _trial_caveats(summary: Summary) -> list[str]:
     found = []
     for group in results_by_budget(summary):
         for result in group.results:
-            if result.candidate.digest in seen:
+            if result.candidate.key in seen:
                 continue
-            seen.add(result.candidate.digest)
+            seen.add(result.candidate.key)
             name = f"{' = '.join([result.names, *result.elsewhere])}, {group.budget.label}"
-            if result.trial is None:
-                found.append(f"Not fine-tuned: {name}.")
-            elif result.trial.status != "finished":
-                reason = result.trial.reason or "no reason recorded"
-                found.append(f"Fine-tuning {result.trial.status}: {name}: {reason}")
-            elif result.test is None:
-                found.append(f"Not scored on the test split: {name}.")
+            found += _of_trials(result, name)
         for method in group.without_candidate:
             found.append(f"No candidate: {method}, {group.budget.label}.")
+    return found
+
+
+def _of_trials(result: Result, name: str) -> list[str]:
+    """Say which trainings of a candidate did not finish, and what its score is of then."""
+    if not result.trials:
+        return [f"Not fine-tuned: {name}."]
+    odd = [trial for trial in result.trials if trial.status != "finished"]
+    if not odd and result.test is None:
+        return [f"Not scored on the test split: {name}."]
+    left = len(result.trials) - len(odd)
+    found = []
+    for trial in odd:
+        seed = f", seed {trial.seed}" if len(result.trials) > 1 else ""
+        rest = f" Its score is of {counted(left, 'other training')}." if left else ""
+        reason = trial.reason or "no reason recorded"
+        found.append(f"Fine-tuning {trial.status}: {name}{seed}: {reason}{rest}")
+    if len(result.candidate.draws):
+        found.append(
+            f"{name} is the mean of {len(result.candidate.digests)} random choices, each trained "
+            "with one seed; its errors hold their spread, and its size and Ω are the first one’s."
+        )
     return found
 
 

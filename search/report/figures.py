@@ -12,10 +12,17 @@ import plotly.graph_objects as go
 
 from hawq.allocate.front import evenly
 from hawq.space import Kind
-from search.artefacts import Candidate, CandidatesArtefact, FrontPoints, Score, Summary
+from search.artefacts import (
+    Candidate,
+    CandidatesArtefact,
+    FrontPoints,
+    Score,
+    SeededTrial,
+    Summary,
+)
 from search.report.canvas import FAINT, LABEL, canvas, make_logarithmic
 from search.report.palette import Look, looks
-from search.report.quantities import mib, percent, plus_minus, points
+from search.report.quantities import counted, mib, percent, plus_minus, points
 from search.report.results import (
     BudgetResults,
     Result,
@@ -101,11 +108,15 @@ def _sensitivity(candidate: Candidate, of: Kind) -> float:
 
 
 def training_curves(summary: Summary) -> dict[str, go.Figure]:
-    """Draw the search score of every trial by epoch, one figure a budget on one scale."""
+    """Draw the search score of every trial by epoch, one figure a budget on one scale.
+
+    The trainings of one candidate with several seeds are lines of one look.
+    """
     groups, look = results_by_budget(summary), looks(methods(summary.candidates))
     epochs = [epoch for trial in summary.trials.trials for epoch in trial.epochs]
     reach = [100 * epoch.search_score for epoch in epochs] + [100 * summary.model.search_score]
     last = max([epoch.epoch for epoch in epochs], default=1)
+    is_several = len(summary.trials.seeds) > 1
     drawn = {}
     for group in groups:
         figure = canvas("Epoch", f"Search-split {escape(summary.model.score_name)} (%)")
@@ -115,11 +126,14 @@ def training_curves(summary: Summary) -> dict[str, go.Figure]:
             annotation={"text": "unquantized", "font": LABEL},
             annotation_position="top left",
         )
-        seen: set[str] = set()
+        seen: set[tuple[str, int]] = set()
         for result in group.results:
-            if result.trial and result.trial.epochs and result.trial.digest not in seen:
-                figure.add_trace(_curve(result, look[result.candidate.method]))
-            seen.add(result.candidate.digest)
+            for trial in result.trials:
+                name = f"{result.names}, seed {trial.seed}" if is_several else result.names
+                if trial.epochs and (trial.digest, trial.seed) not in seen:
+                    method = result.candidate.method
+                    figure.add_trace(_curve(trial, name, method, look[method]))
+                seen.add((trial.digest, trial.seed))
         margin = 0.08 * (max(reach) - min(reach)) + 0.2
         figure.update_yaxes(range=[min(reach) - margin, max(reach) + 1.5 * margin])
         figure.update_xaxes(range=[-0.03 * last - 0.1, 1.03 * last + 0.1], tickformat="d")
@@ -165,7 +179,10 @@ def _scored(pairs: list[tuple[Result, Score]], look: Look, after: Sequence[str])
             "opacity": 1,
             "line": {"color": "white", "width": 1},
         },
-        text=[escape(f"{result.names}, {result.candidate.budget}") for result, _ in pairs],
+        text=[
+            escape(f"{r.names}, {r.candidate.budget}, {counted(len(set(score.seeds)), 'seed')}")
+            for r, score in pairs
+        ],
         customdata=[
             [
                 percent(score.standard_error),
@@ -227,13 +244,11 @@ def _chosen(results: list[Result], look: Look, after: Sequence[str], of: Kind) -
     )
 
 
-def _curve(result: Result, look: Look) -> go.Scatter:
-    trial = result.trial
-    assert trial is not None
+def _curve(trial: SeededTrial, name: str, method: str, look: Look) -> go.Scatter:
     # The last marker of a trial that did not finish is a cross.
     is_end = [trial.status != "finished" and e is trial.epochs[-1] for e in trial.epochs]
     return go.Scatter(
-        meta=result.candidate.method,
+        meta=method,
         x=[epoch.epoch for epoch in trial.epochs],
         y=[100 * epoch.search_score for epoch in trial.epochs],
         mode="lines+markers",
@@ -244,7 +259,7 @@ def _curve(result: Result, look: Look) -> go.Scatter:
             "symbol": ["x-thin" if end else look.symbol for end in is_end],
             "line": {"color": look.color, "width": [2.5 if end else 0 for end in is_end]},
         },
-        text=[escape(f"{result.names}, {trial.status}")] * len(trial.epochs),
+        text=[escape(f"{name}, {trial.status}")] * len(trial.epochs),
         hovertemplate="%{text}<br>epoch %{x}<br>%{y:.2f} %<extra></extra>",
     )
 

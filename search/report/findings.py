@@ -1,7 +1,7 @@
 """What the report claims in words.
 
-A claim compares two candidates on the same test examples, by the error of their paired
-difference; a difference of less than two standard errors is called what it is, inside the error.
+A claim compares two candidates on the same test examples and the same seeds, by the error of their
+paired difference; one of less than two standard errors is called what it is, inside the error.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from hawq.space import PREFIX, Kind
 from search.artefacts import Score, Summary, TestArtefact
 from search.report.quantities import count, counted, mib, percent, plus_minus, points, significant
-from search.report.results import BudgetResults, Result, methods, results_by_budget
+from search.report.results import (
+    BudgetResults,
+    Result,
+    methods,
+    num_seeds,
+    results_by_budget,
+)
 
 __all__ = ["Verdict", "searched", "verdicts"]
 
@@ -40,7 +46,8 @@ def searched(summary: Summary) -> str:
         f"({count(model.num_quantizable)} of {count(model.num_parameters)} parameters), "
         f"from {_widths(summary, 'weights')}: {counted(len(found), 'method')} under "
         f"{counted(len(budgets), 'budget')}.{_activations(summary)}{_channels(summary)} Each "
-        f"candidate was fine-tuned alike and scored once ({model.score_name}) on "
+        f"candidate was fine-tuned alike, with {counted(num_seeds(summary), 'seed')}, and scored "
+        f"once ({model.score_name}) on "
         f"{counted(summary.test.num_examples, 'test example')}."
     )
 
@@ -128,8 +135,11 @@ def _difference(group: BudgetResults, test: TestArtefact) -> str:
     if len(compared) < 2:
         agreed = len(compared) == 1 and len(group.results) > 1 and not _distinct(group)
         return "Every method chose this same allocation." if agreed else ""
-    first, second = (result.candidate.digest for result in compared)
-    difference, error = test.paired(first, second)
+    first, second = (result.candidate.key for result in compared)
+    try:
+        difference, error = test.paired(first, second)
+    except KeyError:
+        return "No seed is common to both: their difference is not known."
     claim = f"The difference, {points(difference)} ± {percent(error)} points, is"
     if abs(difference) > 2 * error:
         return f"{claim} outside the error."
@@ -137,7 +147,7 @@ def _difference(group: BudgetResults, test: TestArtefact) -> str:
 
 
 def _distinct(group: BudgetResults) -> bool:
-    return len({result.candidate.digest for result in group.results}) > 1
+    return len({result.candidate.key for result in group.results}) > 1
 
 
 def _compared(group: BudgetResults) -> list[Result]:
@@ -149,7 +159,7 @@ def _compared(group: BudgetResults) -> list[Result]:
     if not tested:
         return []
     leader = tested[0]
-    others = [r for r in tested if r.candidate.digest != leader.candidate.digest]
+    others = [r for r in tested if r.candidate.key != leader.candidate.key]
     reference = [r for r in others if r.candidate.method == _REFERENCE]
     return [leader, *(reference or others)[:1]]
 

@@ -20,7 +20,7 @@ from search.report.figures import (
 from search.report.findings import searched, verdicts
 from search.report.named_axis import make_room
 from search.report.palette import looks
-from search.report.results import methods, results_by_budget
+from search.report.results import methods, num_seeds, results_by_budget
 from search.report.template import fill
 from search.report.trace_figure import traces
 from search.report.trace_findings import iterated
@@ -92,6 +92,7 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
         curves=list(curves),
         hulls=[f.method for f in summary.candidates.fronts if f.is_hull and f.of == "weights"],
         hidden=num_hidden(summary.candidates),
+        num_seeds=num_seeds(summary),
         is_thinned=any(len(front.bits) > MAX_FRONT_POINTS for front in summary.candidates.fronts),
         max_front_points=MAX_FRONT_POINTS,
         config=yaml.safe_dump(

@@ -1,11 +1,27 @@
-"""What became of each candidate: its trial and its score, joined by the allocation's digest."""
+"""What became of each candidate: its trials and its score, joined by what was trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-from search.artefacts import BudgetLimit, Candidate, CandidatesArtefact, Score, Summary, Trial
+from search.artefacts import (
+    BudgetLimit,
+    Candidate,
+    CandidatesArtefact,
+    Score,
+    SeededTrial,
+    Summary,
+    TrialsArtefact,
+)
 
-__all__ = ["BudgetResults", "Result", "choices_by_budget", "methods", "results_by_budget"]
+__all__ = [
+    "BudgetResults",
+    "Result",
+    "choices_by_budget",
+    "methods",
+    "num_seeds",
+    "results_by_budget",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,16 +30,16 @@ class Result:
 
     Attributes:
         candidate: What the method chose.
-        trial: Its fine-tuning; None if there was none.
+        trials: Its fine-tunings, seed by seed; empty if there was none.
         test: Its score on the test split; None if it was not scored.
-        twins: Other methods that chose exactly this allocation under this budget.
+        twins: Other methods that chose exactly this under this budget.
         elsewhere: ``METHOD at BUDGET`` for those that chose it under another budget.
         is_best: Whether no candidate of its budget has a higher test score. Never true where
             there is nothing to compare with.
     """
 
     candidate: Candidate
-    trial: Trial | None
+    trials: tuple[SeededTrial, ...]
     test: Score | None
     twins: tuple[str, ...]
     elsewhere: tuple[str, ...]
@@ -36,8 +52,23 @@ class Result:
 
     @property
     def search_score(self) -> float | None:
-        """The last epoch's score on the search split, where there is one."""
-        return self.trial.search_score if self.trial else None
+        """The last epochs' mean score on the search split, where there is one.
+
+        It is of the trainings that finished, or of all where none did.
+        """
+        kept = [t for t in self.trials if t.status == "finished"] or self.trials
+        scores = [score for trial in kept if (score := trial.search_score) is not None]
+        return fmean(scores) if scores else None
+
+    @property
+    def trouble(self) -> str:
+        """What trainings did instead of finishing: ``failed``, ``1 of 3 failed``; else empty."""
+        odd = [trial.status for trial in self.trials if trial.status != "finished"]
+        if len(set(odd)) == 1 and len(odd) == len(self.trials):
+            return odd[0]
+        return ", ".join(
+            f"{odd.count(status)} of {len(self.trials)} {status}" for status in dict.fromkeys(odd)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +86,19 @@ def methods(found: CandidatesArtefact) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named))
 
 
+def num_seeds(summary: Summary) -> int:
+    """Count the seeds that candidates were trained with, those of the most."""
+    return max((len(set(score.seeds)) for score in summary.test.scores.values()), default=0)
+
+
 def results_by_budget(summary: Summary) -> tuple[BudgetResults, ...]:
     """Join candidates, trials and test scores, budget by budget."""
-    return choices_by_budget(summary.candidates, summary.trials.trials, summary.test.scores)
+    return choices_by_budget(summary.candidates, summary.trials, summary.test.scores)
 
 
 def choices_by_budget(
     found: CandidatesArtefact,
-    trials: Sequence[Trial] = (),
+    trials: TrialsArtefact | None = None,
     scores: Mapping[str, Score] | None = None,
 ) -> tuple[BudgetResults, ...]:
     """Join candidates with what is known of them so far, budget by budget."""
@@ -85,23 +121,21 @@ def _result(
     found: CandidatesArtefact,
     candidate: Candidate,
     chosen: Sequence[Candidate],
-    trials: Sequence[Trial],
+    trials: TrialsArtefact | None,
     tested: Mapping[str, Score],
 ) -> Result:
-    digest = candidate.digest
-    scores = {c.digest: tested[c.digest].score for c in chosen if c.digest in tested}
-    equal = [
-        other for other in found.candidates if other.digest == digest and other is not candidate
-    ]
+    key = candidate.key
+    scores = {c.key: tested[c.key].score for c in chosen if c.key in tested}
+    equal = [other for other in found.candidates if other.key == key and other is not candidate]
     return Result(
         candidate=candidate,
-        trial=next((t for t in trials if t.digest == digest), None),
-        test=tested.get(digest),
+        trials=tuple(trials.of(candidate)) if trials else (),
+        test=tested.get(key),
         twins=tuple(other.method for other in equal if other.budget == candidate.budget),
         elsewhere=tuple(
             f"{other.method} at {other.budget}"
             for other in equal
             if other.budget != candidate.budget
         ),
-        is_best=len(scores) > 1 and scores.get(digest) == max(scores.values()),
+        is_best=len(scores) > 1 and scores.get(key) == max(scores.values()),
     )
