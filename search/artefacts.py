@@ -40,6 +40,8 @@ __all__ = [
     "Score",
     "SeededTrial",
     "StageCost",
+    "StudyArtefact",
+    "StudyTrial",
     "Summary",
     "TablesArtefact",
     "TestArtefact",
@@ -115,6 +117,9 @@ class CurvatureArtefact(TraceArtefact):
     """Hessian traces of every layer's weight and, where they are searched, of activations."""
 
     activations: TraceArtefact | None = None
+    blocks: list["BlockEigenvalue"] | None = Field(
+        None, description="The top eigenvalues of blocks of layers, where a method goes by them."
+    )
 
 
 class TraceGroup(_Artefact):
@@ -245,6 +250,9 @@ class TablesArtefact(GroupTables, CostSources):
     """The tables of all layers and activation tensors, and of their channels."""
 
     channels: GroupTables | None = Field(None, description="Where a method needs them.")
+    blocks: list[BlockEigenvalue] | None = Field(
+        None, description="Top eigenvalues of blocks of layers, where a method goes by them."
+    )
 
 
 class BudgetLimit(_Artefact):
@@ -260,7 +268,10 @@ class BudgetLimit(_Artefact):
 
 
 class FrontPoints(_Artefact):
-    """The undominated points that one method can offer."""
+    """The points that one method can offer, and their Ω.
+
+    It falls with the size, but for methods that go by something else.
+    """
 
     method: str
     of: Literal["weights", "activations"] = "weights"
@@ -491,6 +502,37 @@ class SeededTrial(Trial):
     seed: int
 
 
+class StudyTrial(Trial):
+    """The fine-tuning of a candidate with the parameters that a study chose."""
+
+    number: int = Field(description="In Optuna's study, from 0; folders are below ``study/``.")
+    parameters: dict[str, str | int | float] = Field(
+        description="Keys of finetune, range of the quantizers, candidate by its digest."
+    )
+    stored_bits: int | None = Field(description="Of the weights; null: not an objective.")
+
+
+class StudyArtefact(_Artefact):
+    """What was tried to find a recipe; Optuna's own study is ``study/optuna.db``."""
+
+    sampler: Literal["tpe", "nsga2"]
+    digest: str | None = Field(description="Of the candidate; null: it was chosen, too.")
+    method: str | None = Field(description="Whose candidate; null: likewise.")
+    epochs: int = Field(description="Of a trial.")
+    trials: list[StudyTrial]
+    chosen: int = Field(description="Number of the trial whose parameters all candidates get.")
+    reason: str = Field(description="Why that one.")
+    front: list[int] = Field(
+        description="Numbers of the trials that no other beats in score and size, smallest first; "
+        "of nsga2."
+    )
+
+    @property
+    def parameters(self) -> dict[str, str | int | float]:
+        """The chosen ones."""
+        return next(trial.parameters for trial in self.trials if trial.number == self.chosen)
+
+
 class TrialsArtefact(_Artefact):
     """Every trial; their weights are in ``trials/FOLDER/model.safetensors``."""
 
@@ -595,6 +637,7 @@ class Summary(_Artefact):
     calibration: CalibrationArtefact | None = Field(
         None, description="null: a run of an earlier version."
     )
+    study: StudyArtefact | None = Field(None, description="null: the recipe is the config's.")
     trials: TrialsArtefact
     test: TestArtefact
     stages: list[StageCost]

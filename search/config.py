@@ -6,9 +6,17 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hawq.cost import FLOAT_BITS, num_elements
 from hawq.curvature import EstimatorName, StopRule
@@ -17,7 +25,17 @@ from hawq.quantizers import RangeMethod, Scheme
 from hawq.space import Kind, Space
 from search.searchers import SEARCHERS
 
-__all__ = ["Budget", "RecipeConfig", "SearchConfig", "TaskConfig", "TrialsConfig", "suggestion"]
+__all__ = [
+    "Budget",
+    "Choices",
+    "Interval",
+    "RecipeConfig",
+    "SearchConfig",
+    "StudyConfig",
+    "TaskConfig",
+    "TrialsConfig",
+    "suggestion",
+]
 
 Bits = Annotated[int, Field(ge=1, le=8)]
 Positive = Annotated[int, Field(ge=1)]
@@ -455,6 +473,127 @@ class TrialsConfig(_Section):
         return seeds
 
 
+class Interval(_Section):
+    """What a number may be in a study."""
+
+    low: float
+    high: float
+    log: bool = Field(False, description="Whether ratios count, not differences.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Interval":
+        if self.low >= self.high:
+            raise ValueError(f"low must be less than high, got {self.low:g} and {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low must be above 0 with log, got {self.low:g}")
+        return self
+
+
+Choices = Annotated[list[str | int | float], Field(min_length=1)]
+
+# What a study may choose by name alone (``lr:`` and nothing more), and its interval then.
+_INTERVALS: dict[str, Interval | Choices] = {
+    "lr": Interval(low=0.002, high=0.2, log=True),
+    "weight_decay": Interval(low=1e-6, high=1e-3, log=True),
+    "distillation": Interval(low=0, high=0.9),
+    "temperature": Interval(low=1, high=8, log=True),
+    "momentum": Interval(low=0.8, high=0.98),
+    "warmup": Interval(low=0, high=0.3),
+    "scale_lr": Interval(low=0.1, high=10, log=True),
+    "freeze_batch_norm": Interval(low=0, high=1),
+    "ema": Interval(low=0.9, high=0.999),
+    "range": list(get_args(RangeMethod)),
+}
+# These make trials longer or shorter; a study has keys of its own for them.
+_LENGTHS = {"epochs", "examples_per_epoch"}
+
+
+class StudyConfig(_Section):
+    """Look for a good recipe, on the search split, before candidates are compared under it."""
+
+    trials: Positive = Field(20, description="Fine-tunings of the study.")
+    sampler: Literal["tpe", "nsga2"] = Field(
+        "tpe",
+        description="tpe: the best score of one candidate; nsga2: score against stored size, the "
+        "candidate is chosen, too.",
+    )
+    space: Annotated[dict[str, Interval | Choices], Field(min_length=1)] = Field(
+        {name: _INTERVALS[name] for name in ("lr", "weight_decay", "range")},
+        description="Key of finetune, or range (of the quantizers), to {low, high, log}, a list "
+        "of values, or nothing for the usual interval.",
+    )
+    epochs: Positive | None = Field(None, description="Of a trial; null: as in finetune.")
+    examples_per_epoch: Positive | None = Field(None, description="Of a trial; null: likewise.")
+    asha: bool = Field(False, description="Stop poor trials early; not with nsga2.")
+    candidate: str | None = Field(
+        None,
+        description="Method whose candidate, at the first budget, is trained; null: the first "
+        "method, the reference, so that no other one is favored.",
+    )
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _usual(cls, space: object) -> object:
+        if not isinstance(space, dict):
+            return space
+        for name, allowed in space.items():
+            if allowed is None and name not in _INTERVALS:
+                raise ValueError(
+                    f"{name} must have {{low, high}} or a list of values, got nothing: known by "
+                    f"name alone are {', '.join(_INTERVALS)}"
+                )
+        return {n: _INTERVALS[n] if allowed is None else allowed for n, allowed in space.items()}
+
+    @model_validator(mode="after")
+    def _one_stops(self) -> "StudyConfig":
+        if self.asha and self.sampler == "nsga2":
+            raise ValueError("asha must be false with nsga2, which needs whole trials, got true")
+        return self
+
+    def shortened(self, recipe: RecipeConfig) -> RecipeConfig:
+        """Return a recipe with the study's own lengths."""
+        own = {"epochs": self.epochs, "examples_per_epoch": self.examples_per_epoch}
+        given = {name: value for name, value in own.items() if value is not None}
+        return RecipeConfig(**recipe.model_dump() | given)
+
+    def refuse_unknown(self, recipe: RecipeConfig) -> None:
+        """Refuse parameters and values that a recipe cannot have.
+
+        Raises:
+            ValueError: If so.
+        """
+        base = self.shortened(recipe).model_dump()
+        known = {"range": None} | {name: None for name in base if name not in _LENGTHS}
+        for name, allowed in self.space.items():
+            if name not in known:
+                raise ValueError(f"space.{name} is not known{suggestion(name, known)}")
+            is_interval = isinstance(allowed, Interval)
+            for value in (allowed.low, allowed.high) if is_interval else allowed:
+                self._refuse_value(name, value, is_interval, base)
+
+    def _refuse_value(
+        self, name: str, value: str | float, is_interval: bool, base: dict[str, Any]
+    ) -> None:
+        methods = get_args(RangeMethod)
+        if name == "range":
+            if is_interval or value not in methods:
+                raise ValueError(f"space.range must list some of {', '.join(methods)}, got {value}")
+            return
+        if isinstance(RecipeConfig.model_fields[name].default, int):
+            if value != int(value):
+                raise ValueError(f"space.{name} must be whole numbers, got {value}")
+            value = int(value)
+        elif is_interval and isinstance(base[name], str | tuple):
+            raise ValueError(f"space.{name} must be a list of values, got an interval")
+        try:
+            RecipeConfig(**base | {name: value})
+        except ValidationError as error:
+            told = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(
+                f"space.{name} must hold possible values, got {value}: {told}"
+            ) from error
+
+
 class WorkersConfig(_Section):
     """Curvature in parallel on Ray workers."""
 
@@ -489,6 +628,7 @@ class SearchConfig(_Section):
     )
     calibration: CalibrationConfig = CalibrationConfig()
     finetune: RecipeConfig = RecipeConfig()
+    study: StudyConfig | None = Field(None, description="null: finetune as it is.")
     trials: TrialsConfig = TrialsConfig()
     workers: WorkersConfig = WorkersConfig()
     ray: RayConfig = RayConfig()
@@ -501,6 +641,32 @@ class SearchConfig(_Section):
                     f"methods: {method!r} is not known{suggestion(method, SEARCHERS)}; "
                     f"known are {', '.join(SEARCHERS)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _study_that_can_be_run(self) -> "SearchConfig":
+        for recipe in (self.finetune, self.study and self.study.shortened(self.finetune)):
+            if recipe and recipe.batch_size % self.trials.workers:
+                raise ValueError(
+                    f"finetune.batch_size: must be a multiple of trials.workers "
+                    f"({self.trials.workers}), got {recipe.batch_size}"
+                )
+        if self.study is None:
+            return self
+        try:
+            self.study.refuse_unknown(self.finetune)
+        except ValueError as error:
+            raise ValueError(f"study.{error}") from error
+        if self.trials.workers > 1 and "batch_size" in self.study.space:
+            raise ValueError(
+                "study.space.batch_size: must not be chosen with trials.workers above 1, which "
+                f"share a batch evenly, got {self.trials.workers}"
+            )
+        if self.study.candidate is not None and self.study.candidate not in self.methods:
+            raise ValueError(
+                f"study.candidate: must be one of methods ({', '.join(self.methods)}), "
+                f"got {self.study.candidate}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -528,7 +694,29 @@ class SearchConfig(_Section):
                 "weights.bits: 0 is for channels, and no method gives them bits: add channel to "
                 "methods, or leave 0 out"
             )
+        self._sums_within()
+        self._blocks_of_weights()
         return self._channels_within()
+
+    def _sums_within(self) -> None:
+        for method in self.methods:
+            if not SEARCHERS[method].needs_sums or SEARCHERS[method].by_channel:
+                continue
+            for index, budget in enumerate(self.budgets):
+                odd = [key for key in budget.given if key not in _SEPARABLE]
+                if odd:
+                    raise ValueError(
+                        f"budgets.{index}: {odd[0]} is no sum of the weights or the activations "
+                        f"alone: leave {method} out of methods, or limit {', '.join(_SEPARABLE)}"
+                    )
+
+    def _blocks_of_weights(self) -> None:
+        of_blocks = [method for method in self.methods if SEARCHERS[method].needs_blocks]
+        if of_blocks and self.searches_activations:
+            raise ValueError(
+                f"methods: {of_blocks[0]} orders blocks of weights alone, and budgets limit "
+                "activations, too: leave it out, or give activations.bits and limit weights"
+            )
 
     def _channels_within(self) -> "SearchConfig":
         for index, budget in enumerate(self.budgets if self.by_channel else ()):
@@ -549,6 +737,11 @@ class SearchConfig(_Section):
     def by_channel(self) -> bool:
         """Whether some method gives channels bits of their own."""
         return any(SEARCHERS[method].by_channel for method in self.methods)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether some method goes by the top eigenvalues of blocks."""
+        return any(SEARCHERS[method].needs_blocks for method in self.methods)
 
     @property
     def searches_activations(self) -> bool:

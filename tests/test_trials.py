@@ -1,5 +1,6 @@
 """Trials: a function of their specification, whatever interrupts them."""
 
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from hawq.space import quantizable_layers
 from search.config import TrialsConfig
 from search.fit import fit, read_progress, saved_epochs
 from search.tasks.classification import ClassificationTask
-from search.trials import TrialSpec, quantized_model, run_trial, run_trials
+from search.trials import BestSoFar, TrialSpec, quantized_model, run_trial, run_trials
 
 TASK = ClassificationTask(data="digits", root=None, network="resnet8", search_size=100)
 RECIPE = Recipe(epochs=3, batch_size=64, lr=0.02, examples_per_epoch=256)
@@ -240,3 +241,31 @@ class _Marked:
 def _mortal(environment):
     os.environ.update(environment)
     return MortalTask(data="digits", root=None, network="resnet8", search_size=100)
+
+
+@pytest.mark.ray
+def test_two_workers_train_about_as_well_as_one_and_a_killed_one_resumes(
+    ray_cluster, tmp_path, state
+):
+    spec = make_spec(tmp_path / "t", bits=4)
+    environment = {
+        "HAWQ_MARKER": str(tmp_path / "died"),
+        "HAWQ_CHECKPOINT": str(spec.folder / "checkpoint.pt"),
+    }
+    (trial,) = run_trials(
+        _Marked(environment),
+        state,
+        [spec],
+        resources=TrialsConfig(cpus=1, workers=2),
+        storage=tmp_path / "tune",
+        best=BestSoFar(tmp_path / "best", {"weights": "w"}),
+    )
+    assert (tmp_path / "died").exists()
+    assert trial.status == "finished"
+    alone = run_trial(TASK, state, make_spec(tmp_path / "alone", bits=4), device="cpu")
+    assert trial.epochs[0].search_score == pytest.approx(alone.epochs[0].search_score)
+    for ours, theirs in zip(trial.epochs[1:], alone.epochs[1:], strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=0.1)
+    assert trial.search_score == pytest.approx(alone.search_score, abs=0.05)
+    exported = json.loads((tmp_path / "best" / "allocation.json").read_text())
+    assert exported["search_score"] == max(record.search_score for record in trial.epochs)
