@@ -12,6 +12,7 @@ tensor is never negative, else as for weights. A ``Scheme`` says otherwise.
 Asymmetric codes are those of 0 … 2^b−1 shifted by a zero point, so that zero has a code.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,8 +129,10 @@ class Codes:
         if isinstance(zero_point, Tensor):
             ends = ends.to(zero_point)
         odd = bool(ends[3].any())
+        # One end for all is a number, which is faster; a row without bits needs its own.
+        unsigned = not signed and symmetric and bool((ends[1] > 0).all())
         return Codes(
-            ends[0] - zero_point,
+            0 if unsigned else ends[0] - zero_point,
             ends[1] - zero_point,
             ends[2] if odd else 1,
             ends[3] if odd else 0,
@@ -137,13 +140,8 @@ class Codes:
 
     def like(self, scale: Tensor) -> "Codes":
         """Return the same on the device of the scales, in their shape where rows differ."""
-        if isinstance(self.low, int) and isinstance(self.step, int):
-            return self
-        low, high, step, offset = (
-            x.to(scale).view(scale.shape) if isinstance(x, Tensor) else x
-            for x in (self.low, self.high, self.step, self.offset)
-        )
-        return Codes(low, high, step, offset)
+        own = (self.low, self.high, self.step, self.offset)
+        return Codes(*(x.to(scale).view(scale.shape) if isinstance(x, Tensor) else x for x in own))
 
     @property
     def largest(self) -> int | Tensor:
@@ -174,6 +172,7 @@ def has_odd_codes(bits: int) -> bool:
     return bits in {1, 2}
 
 
+@torch.no_grad()
 def nearest(x: Tensor, scale: Tensor, of: Codes) -> Tensor:
     """Round to the nearest multiple of ``scale`` that has a code, as floats, in a new tensor.
 
@@ -182,17 +181,18 @@ def nearest(x: Tensor, scale: Tensor, of: Codes) -> Tensor:
         scale: Positive, broadcastable to ``x``.
         of: Codes, in the scales' shape where rows differ.
     """
-    unit = scale * of.step
-    k = x * unit.reciprocal().to(x.dtype) if scale.ndim else x * unit.reciprocal()
+    unit = _as_factor(scale * of.step, x)
+    k = x * _as_factor((scale * of.step).reciprocal(), x)
     if _is_shifted(of):
-        k = k.sub_(of.offset / of.step)
-    k = k.round_()
+        k.sub_(of.offset / of.step)
+    k.round_()
     if isinstance(of.low, Tensor) or isinstance(of.high, Tensor):
-        low, high = (torch.as_tensor(end, device=k.device).to(k.dtype) for end in (of.low, of.high))
-        k = torch.maximum(torch.minimum(k, high), low)  # a clamp between tensors is slower
+        # One end after the other, in place: a clamp between tensors is several times slower.
+        _clamp(k, of.high, torch.minimum)
+        _clamp(k, of.low, torch.maximum)
     else:
-        k = k.clamp_(of.low, of.high)
-    k = k.mul_(unit)
+        k.clamp_(of.low, of.high)
+    k.mul_(unit)
     return k.add_(scale * of.offset) if _is_shifted(of) else k
 
 
@@ -237,6 +237,20 @@ def dorefa(weight: Tensor, bits: Bits) -> Tensor:
 
 def _odd(low: int, high: int) -> Codes:
     return Codes((low - 1) // 2, (high - 1) // 2, 2, 1)
+
+
+def _clamp(k: Tensor, end: int | Tensor, choose: Callable[..., Tensor]) -> None:
+    if isinstance(end, Tensor):
+        choose(k, end.to(k), out=k)
+    elif choose is torch.minimum:
+        k.clamp_max_(end)
+    else:
+        k.clamp_min_(end)
+
+
+def _as_factor(scale: Tensor, x: Tensor) -> Tensor:
+    """Make scales of several rows of the values' type, in which products stay, and are faster."""
+    return scale.to(x.dtype) if scale.ndim else scale
 
 
 def _is_shifted(of: Codes) -> bool:

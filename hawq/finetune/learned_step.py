@@ -55,49 +55,54 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale = ctx.saved_tensors
         of: Codes = ctx.codes
-        inside = _inside(grad, x, scale, of)
+        k, low, high = _position(x, scale, of)
+        inside: Tensor = torch.ops.aten.hardtanh_backward(grad, k, low, high)
         if ctx.learning not in {"lsq", "pact"} or not ctx.needs_input_grad[1]:
             return inside, None, None, None
-        total = _dot(grad - inside, y, scale)
+        buffer = k if k.dtype == grad.dtype else torch.empty_like(grad)
+        torch.sub(grad, inside, out=buffer)
+        total = _dot(buffer, y, scale)
         if ctx.learning == "pact":
             return inside, total / (scale * of.largest**2), None, None
-        total += _dot(inside, y - x, scale)
+        torch.sub(y, x, out=buffer)
+        total += _dot(buffer, inside, scale)
         per_scale = x.numel() // scale.numel()
         return inside, total / (scale * (per_scale * of.largest) ** 0.5), None, None
 
 
-def _inside(grad: Tensor, x: Tensor, scale: Tensor, of: Codes) -> Tensor:
-    """Return the gradient where ``x`` is within the codes' range, zero elsewhere."""
+def _position(x: Tensor, scale: Tensor, of: Codes) -> tuple[Tensor, float, float]:
+    """Return where values are, in a new tensor, and between which two numbers codes reach."""
     unit = scale * of.step
     low, high = of.low, of.high
     if not isinstance(low, Tensor) and not isinstance(high, Tensor):
         k = x * (unit.reciprocal().to(x.dtype) if unit.ndim else unit.reciprocal())
         if of.offset:
-            k = k - of.offset / of.step
-        return _within(grad, k, low - _BELOW, high)
+            k.sub_(of.offset / of.step)
+        return k, low - _BELOW, high
     # Where ranges differ they become 0 … 1; a channel without bits lies outside everywhere.
+    if not isinstance(low, Tensor) and low == 0:
+        return x * (1 / (unit * high)).to(x.dtype), -_BELOW, 1
     low, high = (torch.as_tensor(end, device=scale.device) for end in (low, high))
     span = high - low
     empty = span == 0
     slope = torch.where(empty, 0, 1 / (unit * span.clamp_min(1)))
     start = torch.where(empty, -2, (of.offset / of.step + low) / span.clamp_min(1))
-    k = (x * slope.to(x.dtype)).sub_(start.to(x.dtype))
-    return _within(grad, k, -_BELOW, 1)
-
-
-def _within(grad: Tensor, k: Tensor, low: float, high: float) -> Tensor:
-    result: Tensor = torch.ops.aten.hardtanh_backward(grad, k, low, high)
-    return result
+    return (x * slope.to(x.dtype)).sub_(start.to(x.dtype)), -_BELOW, 1
 
 
 def _dot(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Sum the products of all values of a scale, in the scales' shape and type."""
+    """Sum the products of all values of a scale, in the scales' shape and type; ``a`` is lost."""
     if scale.numel() > 1:
-        return (a * b).sum_to_size(scale.shape).to(scale.dtype)
+        products = a.mul_(b)
+        if products.ndim > 2 and products.is_contiguous() and scale.shape[0] == 1:
+            products = products.flatten(2).sum(2)  # along memory, in which the rest is small
+            return products.sum(0).to(scale.dtype).view(scale.shape)
+        dims = [dim for dim, size in enumerate(scale.shape) if size == 1]
+        return products.sum(dims).to(scale.dtype).view(scale.shape)
     if a.stride() == b.stride() and _is_dense(a):
         size = (a.numel(),)  # in the order of memory, whatever the layout
         return a.as_strided(size, (1,)).dot(b.as_strided(size, (1,))).to(scale.dtype).view_as(scale)
-    return (a * b).sum().to(scale.dtype).view_as(scale)
+    return a.mul_(b).sum().to(scale.dtype).view_as(scale)
 
 
 def _is_dense(a: Tensor) -> bool:
