@@ -256,6 +256,12 @@ def allocate(
         list[str] | None, typer.Option(help="GLOB=BITS, such as conv1=8 or a:conv1=8")
     ] = None,
     tie: Annotated[list[str] | None, typer.Option(help="GLOB,GLOB: these share their bits")] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Measure it, too, without training: seconds to minutes")
+    ] = False,
+    score_examples: Annotated[
+        int | None, typer.Option(min=2, help="First examples of the search split (default: all)")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the allocation")] = None,
 ) -> None:
     """Choose bits for another budget from a run's tables: no probes, no training."""
@@ -274,6 +280,11 @@ def allocate(
         ties=tie or [],
     )
     _out.print(allocation_view(found, tables))
+    if score:
+        from search.score_command import score_candidate, score_spec, score_view  # noqa: PLC0415
+
+        scored = score_candidate(score_spec(run, num_examples=score_examples), found, tables)
+        _out.print(Text(score_view(run, scored)))
     if out is not None:
         write_atomically(out, found.model_dump_json(indent=1))
         _out.print(Text(str(out)), soft_wrap=True)

@@ -4,6 +4,7 @@
     model.json             model.safetensors: the weights that are searched
     curvature.json         curvature.units.jsonl: partial sums, one line a finished unit
     tables.json candidates.json calibration.json trials.json test.json
+    scores/DIGEST-HASH.json  an allocation's score without training, example by example
     trials/DIGEST-HASH/    a fine-tuned allocation: checkpoint.pt, result.json, model.safetensors
     summary.json           everything above as data; report.html: the same to look at
     events.jsonl           what happened

@@ -1,0 +1,88 @@
+"""``hawq allocate --score``: what an allocation does to the network, measured without training."""
+
+from pathlib import Path
+
+import torch
+
+from hawq.allocation import Allocation
+from hawq.finetune import fixed_activations
+from hawq.finetune.batch_norm import has_statistics
+from hawq.quantizers import Schemes
+from hawq.reads import read_network
+from hawq.task import Task
+from search.artefacts import Candidate, ModelArtefact
+from search.config import SearchConfig
+from search.config_file import load_config
+from search.errors import InputError
+from search.folder import RunFolder
+from search.scores import CheapScores, Scored, ScoreSpec
+from search.tables import Tables
+from search.tasks.build import build_task
+
+__all__ = ["score_candidate", "score_spec", "score_view"]
+
+
+def score_spec(run: Path, *, num_examples: int | None = None, device: str = "cpu") -> ScoreSpec:
+    """Say how the allocations of a run are scored, as its trials quantize them.
+
+    Args:
+        run: The run's folder, with the weights that it searched.
+        num_examples: First images of the search split; None: all.
+        device: Where.
+
+    Raises:
+        InputError: If the folder has no weights yet, or a number makes no sense.
+    """
+    weights = run / "model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{run}: must hold the weights to score, got no {weights.name} in it")
+    config = load_config(run / "config.yaml")
+    task = build_task(config.task, config.seed)
+    quantizers = (config.weights.quantizer, config.activations.quantizer)
+    try:
+        return ScoreSpec(
+            task,
+            weights.resolve(),
+            folder=(run / "scores").resolve(),
+            fixed=_fixed(config, task),
+            schemes=Schemes(*(quantizer.scheme() for quantizer in quantizers)),
+            fidelity="batch_norm" if has_statistics(task.model()) else "none",
+            num_examples=num_examples,
+            seed=config.seed,
+            device=device,
+        )
+    except ValueError as error:
+        raise InputError(f"--score: {error}") from error
+
+
+def score_candidate(spec: ScoreSpec, found: Candidate, tables: Tables) -> Scored:
+    """Score what was chosen, or find its score."""
+    return CheapScores(spec).score(Allocation.of(tables.space, found.bits))
+
+
+def score_view(run: Path, scored: Scored) -> str:
+    """Say a score in a line, with how it came about."""
+    evaluation = scored.evaluation
+    if evaluation.status != "scored":
+        return f"measured     nothing: {evaluation.reason}"
+    model = RunFolder(run).load("model", ModelArtefact)[0]
+    how = (
+        "batch-norm statistics estimated again"
+        if evaluation.fidelity == "batch_norm"
+        else "nothing estimated again"
+    )
+    seen = ", on which the network was trained: it only ranks" if model.search_seen else ""
+    return (
+        f"measured     {model.score_name} {100 * evaluation.score:.2f} ± "
+        f"{100 * scored.standard_error:.2f} % without training, {how}, on "
+        f"{len(scored.examples):,} examples of the search split{seen} "
+        f"(unquantized {100 * model.search_score:.2f} %), in {evaluation.seconds:.2g} s"
+    )
+
+
+def _fixed(config: SearchConfig, task: Task) -> dict[str, int]:
+    """Return the bits of the activations that are not searched."""
+    if config.searches_activations:
+        return {}
+    reads = read_network(task.model(), task.inputs(task.batch("train", torch.arange(1))))
+    return fixed_activations(reads, config.activations.bits, config.activations.input_bits)
