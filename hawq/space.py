@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["PREFIX", "Group", "Kind", "Space", "evaluating", "quantizable_layers", "sharing_layers"]
+__all__ = [
+    "PREFIX",
+    "Group",
+    "Kind",
+    "Space",
+    "evaluating",
+    "quantizable_layers",
+    "sharing_layers",
+    "unquantizable_weights",
+]
 
 BITS = range(9)
 
@@ -280,6 +289,25 @@ def sharing_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
             weight = module.get_parameter("parametrizations.weight.original")
         layers.setdefault(first.setdefault(id(weight), name), []).append(module)
     return layers
+
+
+def unquantizable_weights(model: nn.Module) -> dict[str, int]:
+    """Count, by name, the matrices that no quantizable layer owns: they stay in floating point.
+
+    Transposed convolutions, embeddings, recurrent and attention weights. Vectors, which are biases
+    and normalizations, are not among them.
+    """
+    quantizable = {
+        id(parameter)
+        for sharers in sharing_layers(model).values()
+        for layer in sharers
+        for parameter in layer.parameters()
+    }
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in quantizable
+    }
 
 
 @contextmanager

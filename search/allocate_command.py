@@ -28,7 +28,15 @@ __all__ = ["METHODS", "allocate", "allocation_view", "read_tables"]
 Granularity = Literal["layer", "channel"]
 
 # The command's names of methods, and those of a config.
-METHODS = {"monotone": "hawq-v2", "exact": "exact", "channel": "channel", "uniform": "uniform"}
+METHODS = {
+    "monotone": "hawq-v2",
+    "exact": "exact",
+    "channel": "channel",
+    "uniform": "uniform",
+    "hawq-v1": "hawq-v1",
+    "largest-omega": "largest-omega",
+    "weight-norm": "weight-norm",
+}
 
 
 def allocate(
@@ -63,7 +71,8 @@ def allocate(
         raise InputError(f"--method: {name!r} is not known{suggestion(name, METHODS)}")
     by_channel = name == "channel"
     if granularity is not None and by_channel != (granularity == "channel"):
-        fitting = "channel" if granularity == "channel" else "monotone, exact or uniform"
+        of_layers = [known for known in METHODS if known != "channel"]
+        fitting = "channel" if granularity == "channel" else f"one of {', '.join(of_layers)}"
         raise InputError(f"--method: must be {fitting} for --granularity {granularity}, got {name}")
     wanted = _budget(budget)
     artefact = read_tables(run)

@@ -244,6 +244,10 @@ class CostSources(_Artefact):
         description="Activation groups in memory together, call by call."
     )
     latency_ns: list[LayerLatency] | None = Field(None, description="From the latency table.")
+    float_weights: dict[str, Count] = Field(
+        {}, description="Weights that cannot be quantized and are stored in 32 bits, by name."
+    )
+    scale_bits: Count = Field(16, description="Of a stored scale, with its zero point if any.")
 
 
 class TablesArtefact(GroupTables, CostSources):
@@ -489,6 +493,9 @@ class Trial(_Artefact):
     epochs: list[EpochRecord]
     seconds: float
     cpu_seconds: float
+    zeroed: list[str] = Field(
+        [], description="Layers whose quantized weight is zero everywhere at the end."
+    )
 
     @property
     def search_score(self) -> float | None:

@@ -567,9 +567,12 @@ class StudyConfig(_Section):
         for name, allowed in self.space.items():
             if name not in known:
                 raise ValueError(f"space.{name} is not known{suggestion(name, known)}")
-            is_interval = isinstance(allowed, Interval)
-            for value in (allowed.low, allowed.high) if is_interval else allowed:
-                self._refuse_value(name, value, is_interval, base)
+            if isinstance(allowed, Interval):
+                for end in (allowed.low, allowed.high):
+                    self._refuse_value(name, end, True, base)
+            else:
+                for value in allowed:
+                    self._refuse_value(name, value, False, base)
 
     def _refuse_value(
         self, name: str, value: str | float, is_interval: bool, base: dict[str, Any]
@@ -580,7 +583,7 @@ class StudyConfig(_Section):
                 raise ValueError(f"space.range must list some of {', '.join(methods)}, got {value}")
             return
         if isinstance(RecipeConfig.model_fields[name].default, int):
-            if value != int(value):
+            if not isinstance(value, float | int) or value != int(value):
                 raise ValueError(f"space.{name} must be whole numbers, got {value}")
             value = int(value)
         elif is_interval and isinstance(base[name], str | tuple):

@@ -1,6 +1,6 @@
 """The search from end to end: a list of stages, each skipped when its artefact is there.
 
-    model → curvature → tables → candidates → calibration → trials → test → report
+    model → curvature → tables → candidates → calibration → (study) → trials → test → report
 
 Read ``STAGES`` and ``run``, then any file of ``search/stages/`` alone.
 """
@@ -32,6 +32,7 @@ from search.artefacts import (
     CurvatureArtefact,
     ModelArtefact,
     StageCost,
+    StudyArtefact,
     Summary,
     TablesArtefact,
     TestArtefact,
@@ -45,14 +46,14 @@ from search.fit import refuse_impossible
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
 from search.report import write_report
-from search.stages import calibration, candidates, curvature, model, tables, test, trials
+from search.stages import calibration, candidates, curvature, model, study, tables, test, trials
 from search.stages.search import Search
 from search.tables import network_costs
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights
 from search.tasks.folded import FoldedTask, folding
 
-__all__ = ["STAGES", "Stage", "run", "trained"]
+__all__ = ["STAGES", "STUDY", "Stage", "run", "stages_of", "trained"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,15 @@ STAGES = (
     Stage("trials", TrialsArtefact, trials.inputs, trials.make, uses_ray=True),
     Stage("test", TestArtefact, test.inputs, test.make, uses_ray=True),
 )
+# Before the trials, where the config asks for it.
+STUDY = Stage("study", StudyArtefact, study.inputs, study.make, uses_ray=True)
+
+
+def stages_of(config: SearchConfig) -> tuple[Stage, ...]:
+    """Return the stages of a search, in order."""
+    before = [stage.name for stage in STAGES].index("trials")
+    asked = (STUDY,) if config.study else ()
+    return (*STAGES[:before], *asked, *STAGES[before:])
 
 
 def run(
@@ -108,14 +118,14 @@ def run(
     Raises:
         InputError: If something that was given is wrong; nothing is half-written then.
     """
-    with _under_way(config, out, STAGES, force, listeners) as (search, cluster):
+    with _under_way(config, out, stages_of(config), force, listeners) as (search, cluster):
         _refuse_recipe(search.task, config.finetune.recipe(), "finetune")
         kept = folding(search.task).kept if isinstance(search.task, FoldedTask) else {}
         for norm, reason in kept.items():
             search.events.emit("run", "warning", f"batch-norm {norm} is not folded: {reason}")
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_atomically(out / "config.yaml", resolved)
-        for stage in STAGES:
+        for stage in stages_of(config):
             _finish(search, stage, cluster)
         return _report(search, name)
 
@@ -311,7 +321,8 @@ def _make(search: Search, stage: Stage, inputs: dict[str, Any]) -> None:
 def _report(search: Search, name: str) -> Summary:
     """Write the summary and the page that shows it."""
     folder = search.folder
-    loaded = {stage.name: folder.load(stage.name, stage.artefact) for stage in STAGES}
+    asked = stages_of(search.config)
+    loaded = {stage.name: folder.load(stage.name, stage.artefact) for stage in asked}
     summary = Summary.model_validate(
         {
             "name": name,

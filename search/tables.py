@@ -5,7 +5,7 @@ run is solved again for another budget without its network.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hawq.allocate import Budget
 from hawq.allocation import Allocation
 from hawq.cost import (
+    FLOAT_BITS,
     Cost,
     Operation,
     activation_bits,
@@ -25,7 +26,7 @@ from hawq.cost import (
     weight_bits,
 )
 from hawq.space import PREFIX, Kind, Space
-from search.artefacts import CostSources, GroupTables, TablesArtefact
+from search.artefacts import BlockEigenvalue, CostSources, GroupTables, TablesArtefact
 from search.errors import InputError
 from search.evaluate import Evaluation
 
@@ -47,6 +48,9 @@ class Tables:
             are.
         traces: Hessian traces, shape (L,).
         trace_errors: Their standard errors, over probes and examples, shape (L,).
+        squared_errors: ‖Q(W) − W‖², or of activations its mean over examples, shape (L, B); None
+            where nothing goes by them.
+        blocks: Top eigenvalues of the blocks of layers, where a method goes by them.
     """
 
     space: Space
@@ -54,6 +58,8 @@ class Tables:
     costs: Mapping[str, Cost]
     traces: NDArray[np.float64]
     trace_errors: NDArray[np.float64]
+    squared_errors: NDArray[np.float64] | None = None
+    blocks: tuple[BlockEigenvalue, ...] = ()
 
     @staticmethod
     def of(artefact: TablesArtefact, space: Space | None = None) -> "Tables":
@@ -68,7 +74,7 @@ class Tables:
         """
         space = space or Space.from_json(artefact.space)
         costs = network_costs(space, artefact, artefact.num_scales)
-        return _tables(space, artefact, costs)
+        return replace(_tables(space, artefact, costs), blocks=tuple(artefact.blocks or ()))
 
     @staticmethod
     def of_channels(artefact: TablesArtefact, space: Space | None = None) -> "Tables | None":
@@ -110,7 +116,10 @@ class Tables:
         rows = np.array([i for i, name in named if name.startswith(PREFIX[kind])], np.int64)
         columns = np.searchsorted(self.space.widths, space.widths)
         sensitivity = self.sensitivity[np.ix_(rows, columns)]
-        return Part(kind, space, sensitivity, self.traces[rows], rows, columns)
+        squared = np.empty((0, 0)) if self.squared_errors is None else self.squared_errors
+        errors = squared[np.ix_(rows, columns)] if squared.size else squared
+        blocks = self.blocks if kind == "weights" else ()
+        return Part(kind, space, sensitivity, self.traces[rows], rows, columns, errors, blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +133,8 @@ class Part:
         traces: Hessian traces, shape (R,).
         rows: Of the whole's tables, shape (R,).
         columns: Of the whole's tables, shape (C,).
+        squared_errors: ‖Q(W) − W‖², shape (R, C); empty where the tables have none.
+        blocks: Top eigenvalues of the blocks of layers, where there are any.
     """
 
     kind: Kind
@@ -132,6 +143,8 @@ class Part:
     traces: NDArray[np.float64]
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
+    squared_errors: NDArray[np.float64]
+    blocks: tuple[BlockEigenvalue, ...]
 
     @property
     def size(self) -> NDArray[np.int64]:
@@ -174,20 +187,23 @@ def network_costs(space: Space, sources: CostSources, num_scales: Sequence[int])
 
 def _tables(space: Space, artefact: GroupTables, costs: list[Cost]) -> Tables:
     table = np.array([[np.inf if v is None else v for v in row] for row in artefact.sensitivity])
-    table = table[:, np.searchsorted(artefact.widths, space.widths)]
+    columns = np.searchsorted(artefact.widths, space.widths)
+    table = table[:, columns]
     return Tables(
         space,
         np.where(space.allowed(), table, np.inf),
         {cost.name: cost for cost in costs},
         np.array(artefact.trace),
         np.array(artefact.trace_error),
+        np.array(artefact.squared_error)[:, columns],
     )
 
 
 def _element_costs(space: Space, sources: CostSources, num_scales: Sequence[int]) -> list[Cost]:
     """Return what adds up over elements, for layers and for channels alike."""
     weights = weight_bits(space)
-    stored = weights + scale_bits(space, num_scales) + map_bits(space)
+    stored = weights + scale_bits(space, num_scales, sources.scale_bits) + map_bits(space)
+    stored[0] += FLOAT_BITS * sum(sources.float_weights.values())  # whatever is chosen
     costs = [separable("weight_bits", weights), separable("stored_bits", stored)]
     if space.part("activations") is not None:
         members: dict[str, list[str]] = {}

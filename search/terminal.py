@@ -21,6 +21,7 @@ from rich.text import Text
 from hawq.cost import FLOAT_BITS, mib
 from search.artefacts import Candidate, EigenvalueDocument, Score, Summary, TraceDocument
 from search.events import Event
+from search.report.study_findings import recipe_chosen
 
 __all__ = ["LiveView", "eigenvalue_table", "result_table", "trace_table"]
 
@@ -147,6 +148,7 @@ def result_table(summary: Summary) -> Table:
     table = Table(
         title=f"{summary.name}: {model.score_name} on {test.num_examples} test examples, "
         f"{_seeds(summary)}",
+        caption=recipe_chosen(summary) or None,
         box=box.SIMPLE_HEAD,
         collapse_padding=is_joint,
         pad_edge=not is_joint,

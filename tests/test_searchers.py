@@ -18,6 +18,7 @@ from hawq.cost import (
     weight_bits,
 )
 from hawq.space import Group, Space
+from search.artefacts import BlockEigenvalue
 from search.evaluate import Evaluation, evaluation_key
 from search.searchers import SEARCHERS, Problem
 from search.tables import Tables
@@ -43,7 +44,25 @@ def make_tables(sizes, menu, seed, pinned=None, tensors=()):
             bit_operations(space, operations),
         ]
     by_name = {cost.name: cost for cost in costs}
-    return Tables(space, sensitivity, by_name, traces, 0.1 * traces)
+    elements = np.array([group.num_elements for group in space.groups])
+    squared = (elements * rng.lognormal(size=len(space)))[:, None] * 4.0 ** -np.array(space.widths)
+    blocks = () if tensors else tuple(make_blocks(sizes, rng))
+    return Tables(space, sensitivity, by_name, traces, 0.1 * traces, squared, blocks)
+
+
+def make_blocks(sizes, rng):
+    """Make up the eigenvalues of blocks of two layers each, and one of the rest."""
+    for first in range(0, len(sizes), 2):
+        yield BlockEigenvalue(
+            block=f"b{first}",
+            layers=[f"l{i}" for i in range(first, min(first + 2, len(sizes)))],
+            n=sum(sizes[first : first + 2]),
+            eigenvalue=float(rng.lognormal()),
+            residual=0.0,
+            data_error=0.0,
+            iterations=1,
+            converged=True,
+        )
 
 
 def make_problem(tables, **limits):

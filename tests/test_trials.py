@@ -206,6 +206,11 @@ class MortalTask(ClassificationTask):
             os.kill(os.getpid(), signal.SIGKILL)
         return ClassificationTask.augment(self, batch, generator)
 
+    def __reduce__(self):
+        # A crew's task travels twice: to the trial, and from there to the workers.
+        paths = {name: os.environ[name] for name in ("HAWQ_MARKER", "HAWQ_CHECKPOINT")}
+        return _mortal, (paths,)
+
 
 def _parent(path):
     return Path(path).parent

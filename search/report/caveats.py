@@ -17,6 +17,7 @@ def caveats(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> 
         *_eigenvalue_caveats(summary, eigenvalues),
         *_trial_caveats(summary),
         *_size_caveats(summary),
+        *_float_caveats(summary),
         *_channel_caveats(summary),
         *_latency_caveats(summary),
     ]
@@ -115,6 +116,24 @@ def _size_caveats(summary: Summary) -> list[str]:
         for result in group.results
         for name, limit in group.budget.limits.items()
         if result.candidate.costs[name] > limit
+    ]
+
+
+def _float_caveats(summary: Summary) -> list[str]:
+    kept = summary.tables.float_weights
+    zeroed = [
+        f"All zero after fine-tuning, so that what they compute is lost: {', '.join(trial.zeroed)} "
+        f"(allocation {trial.digest}, seed {trial.seed})."
+        for trial in summary.trials.trials
+        if trial.zeroed
+    ]
+    if not kept:
+        return zeroed
+    names = ", ".join(f"{name} ({count(number)})" for name, number in kept.items())
+    return [
+        f"Weights that cannot be quantized stay in floating point: {names}. They are in the stored "
+        "size, with 32 bits each, not in the size that a budget limits.",
+        *zeroed,
     ]
 
 

@@ -21,6 +21,8 @@ from search.report.findings import searched, verdicts
 from search.report.named_axis import make_room
 from search.report.palette import looks
 from search.report.results import methods, num_seeds, results_by_budget
+from search.report.study_figure import study_figures
+from search.report.study_findings import recipe_chosen, study_rows
 from search.report.template import fill
 from search.report.trace_figure import traces
 from search.report.trace_findings import iterated
@@ -49,6 +51,8 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
     of_blocks = {} if shown is None else block_figures(shown)
     trusted = trust(summary)
     curves = training_curves(summary)
+    studied = study_figures(summary)
+    headings, rows = study_rows(summary.study) if summary.study else ([], [])
     activation_map = bits_map(summary, "activations")
     widths, width_sizes = channel_widths(summary)
     columns = cost_columns(summary)
@@ -64,6 +68,7 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
         **_activation_traces(summary),
         **{f"widths-figure-{i}": figure for i, figure in enumerate(widths.values())},
         **{f"curve-figure-{i}": figure for i, figure in enumerate(curves.values())},
+        **{f"study-figure-{i}": figure for i, figure in enumerate(studied.values())},
         **(trusted.figures if trusted else {}),
         **of_blocks,
     }
@@ -90,6 +95,10 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
         has_holes=has_holes,
         sizes=make_room(of_blocks, [block.block for block in shown.blocks] if shown else []),
         curves=list(curves),
+        recipe_chosen=recipe_chosen(summary),
+        study_figures=list(studied),
+        study_headings=headings,
+        study_rows=rows,
         hulls=[f.method for f in summary.candidates.fronts if f.is_hull and f.of == "weights"],
         hidden=num_hidden(summary.candidates),
         num_seeds=num_seeds(summary),

@@ -3,15 +3,17 @@
 import time
 from typing import Any, get_args
 
+import numpy as np
+
 from hawq.allocate import InfeasibleBudgetError, InfeasibleBudgetsError, Verdict, lower_hull
 from hawq.allocate.front import evenly, merge_ties
 from hawq.cost import average_bits, compression
 from hawq.space import Kind
-from search.artefacts import BudgetLimit, Candidate, CandidatesArtefact, FrontPoints
-from search.config import Budget
+from search.artefacts import BudgetLimit, Candidate, CandidatesArtefact, Draw, FrontPoints
+from search.config import Budget, SearchConfig
 from search.errors import InputError
 from search.folder import content_hash
-from search.searchers import SEARCHERS, Problem, Rules
+from search.searchers import SEARCHERS, Problem, Rules, fine_tuning_order
 from search.stages.search import Search
 from search.tables import Tables
 
@@ -33,7 +35,9 @@ def inputs(search: Search) -> dict[str, Any]:
     """Budgets, methods and the tables."""
     config = search.config.model_dump(mode="json")
     return {
-        "config": {key: config[key] for key in ("seed", "budgets", "methods", "channels")},
+        "config": {
+            key: config[key] for key in ("seed", "budgets", "methods", "channels", "uniform_draws")
+        },
         "tables": content_hash(search.tables.model_dump(mode="json")),
     }
 
@@ -50,13 +54,36 @@ def make(search: Search) -> CandidatesArtefact:
         ],
         fronts=[found for method in config.methods for found in fronts(method, tables, channels)],
         candidates=[
-            candidate(method, budget, used, rules=rules, seed=config.seed)
+            _drawn(method, budget, used, rules, config)
             for budget in config.budgets
             for method in config.methods
             for used in [channels if SEARCHERS[method].by_channel else tables]
             if used is not None  # the config has tables of channels made where a method needs them
         ],
     )
+
+
+def _drawn(
+    method: str, budget: Budget, used: Tables, rules: Rules, config: SearchConfig
+) -> Candidate:
+    """Let a method choose, and a random one as often as the config asks for."""
+    first = candidate(method, budget, used, rules=rules, seed=config.seed)
+    if not SEARCHERS[method].is_random:
+        return first
+    others = [
+        candidate(method, budget, used, rules=rules, seed=_seed(config.seed, d))
+        for d in range(1, config.uniform_draws)
+    ]
+    if all(other.digest == first.digest for other in others):
+        return first  # nothing was left to chance: at a whole number of bits
+    draws = [
+        Draw(digest=o.digest, bits=o.bits, costs=o.costs, sensitivity=o.sensitivity) for o in others
+    ]
+    return first.model_copy(update={"draws": draws})
+
+
+def _seed(seed: int, draw: int) -> int:
+    return int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
 
 
 def fronts(method: str, tables: Tables, channels: Tables | None = None) -> list[FrontPoints]:
@@ -154,6 +181,7 @@ def candidate(
         bound=evaluation.bound,
         evaluations=len(found),
         seconds=time.monotonic() - started,
+        order=[list(block) for block in fine_tuning_order(method, used, best, seed)],
     )
 
 

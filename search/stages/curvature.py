@@ -1,4 +1,7 @@
-"""Stage 2: Hessian traces of all weights and, where searched, activations, on Ray workers."""
+"""Stage 2: Hessian traces of all weights and, where searched, activations, on Ray workers.
+
+Besides them the top eigenvalues of blocks, where a method goes by them.
+"""
 
 from typing import Any
 
@@ -8,6 +11,7 @@ from hawq.curvature import Granularity, Subject
 from search.artefacts import CurvatureArtefact, TraceArtefact
 from search.folder import content_hash
 from search.probes import UnitFile
+from search.stages.eigenvalues import block_eigenvalues, eigenvalue_inputs
 from search.stages.search import Search
 from search.tracing import Traced, trace_on_cluster
 
@@ -16,6 +20,14 @@ __all__ = ["inputs", "make"]
 
 def inputs(search: Search) -> dict[str, Any]:
     """The estimation's settings, what is traced, and the weights."""
+    found = _trace_inputs(search)
+    if search.config.by_block:
+        found["eigenvalues"] = eigenvalue_inputs(search)
+    return found
+
+
+def _trace_inputs(search: Search) -> dict[str, Any]:
+    """What traces depend on: they stay as they are where eigenvalues come to them."""
     found: dict[str, Any] = {
         "config": {
             "seed": search.config.seed,
@@ -39,7 +51,10 @@ def make(search: Search) -> CurvatureArtefact:
     if search.config.searches_activations:
         search.events.emit("curvature", "note", "activations")
         activations = TraceArtefact(**_trace(search, "activations"))
-    return CurvatureArtefact(**weights, activations=activations)
+    blocks = None
+    if search.config.by_block:
+        blocks = block_eigenvalues(search, content_hash(inputs(search)))
+    return CurvatureArtefact(**weights, activations=activations, blocks=blocks)
 
 
 def _trace(search: Search, subject: Subject) -> dict[str, Any]:
@@ -52,7 +67,7 @@ def _trace(search: Search, subject: Subject) -> dict[str, Any]:
         settings=search.config.curvature,
         workers=search.config.workers,
         seed=search.config.seed,
-        units=UnitFile(search.folder.path / file, content_hash(inputs(search))),
+        units=UnitFile(search.folder.path / file, content_hash(_trace_inputs(search))),
         subject=subject,
         granularity=granularity,
         progress=lambda *how: search.progress("curvature", *how),

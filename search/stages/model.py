@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hawq.cost import num_elements
 from hawq.finetune import Recipe
+from hawq.space import unquantizable_weights
 from hawq.task import Task
 from search.artefacts import ModelArtefact
 from search.fit import fit, read_progress
@@ -44,6 +45,10 @@ def make(search: Search) -> ModelArtefact:
     if config.pretrain is not None:
         source, state = "trained", _trained(search, config.pretrain.recipe())
     search.save_weights(state)
+    kept = unquantizable_weights(model)
+    if kept:
+        names = ", ".join(f"{name} ({count:,})" for name, count in kept.items())
+        search.events.emit("model", "warning", f"these weights stay in floating point: {names}")
     (scores,) = score_all(search, "model", [(state, None)], "search")
     return ModelArtefact.model_validate(
         {

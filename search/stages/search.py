@@ -15,12 +15,14 @@ from search.artefacts import (
     CurvatureArtefact,
     ModelArtefact,
     SeededTrial,
+    StudyArtefact,
     TablesArtefact,
     TrialsArtefact,
 )
-from search.config import SearchConfig
+from search.config import RecipeConfig, SearchConfig
 from search.events import EventLog
 from search.folder import RunFolder
+from search.study import with_parameters
 from search.tasks.checkpoint import read_state, save_state
 
 __all__ = ["Search"]
@@ -75,6 +77,18 @@ class Search:
         """How weights and activations are quantized, for Ω and for training alike."""
         config = self.config
         return Schemes(config.weights.quantizer.scheme(), config.activations.quantizer.scheme())
+
+    @property
+    def study(self) -> StudyArtefact | None:
+        """What the study stage left; None where the config asks for none."""
+        return self.folder.load("study", StudyArtefact)[0] if self.config.study else None
+
+    @property
+    def training(self) -> tuple[RecipeConfig, Schemes]:
+        """How all candidates are trained: as configured, or as the study found."""
+        found = self.study
+        own = (self.config.finetune, self.schemes)
+        return with_parameters(*own, found.parameters) if found else own
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from hawq.quantizers import Scheme
 from hawq.ranges import activation_errors, weight_errors
 from hawq.reads import Reads
 from hawq.sensitivity import omega
-from hawq.space import Space, quantizable_layers
+from hawq.space import Space, quantizable_layers, unquantizable_weights
 from search.artefacts import (
     CostSources,
     GroupTables,
@@ -71,6 +71,7 @@ def make(search: Search) -> TablesArtefact:
         **groups(search.space),
         **dict(sources(search)),
         channels=GroupTables(**groups(search.channels)) if search.channels else None,
+        blocks=search.curvature.blocks,
     )
 
 
@@ -91,6 +92,8 @@ def sources(search: Search) -> CostSources:
         ],
         alive=[[f"a:{name}" for name in step] for step in reads.alive],
         latency_ns=None if path is None else _latency(path, reads),
+        float_weights=unquantizable_weights(search.task.model()),
+        scale_bits=16 if search.schemes.weights.symmetric else 24,
     )
 
 

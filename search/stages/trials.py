@@ -4,26 +4,30 @@ from dataclasses import asdict
 from typing import Any
 
 from hawq.allocation import Allocation
+from hawq.quantizers import Schemes
 from hawq.space import Space
 from search.artefacts import Candidate, SeededTrial, TrialsArtefact
+from search.config import RecipeConfig
 from search.evaluate import evaluation_key
 from search.stages.search import Search
-from search.trials import TrialSpec, run_trials
+from search.trials import BestSoFar, TrialSpec, run_trials
 
-__all__ = ["inputs", "make", "specs"]
+__all__ = ["best", "inputs", "make", "spec", "specs"]
 
 
 def inputs(search: Search) -> dict[str, Any]:
     """The recipe, the quantizers, early stopping, the seeds, and what is trained."""
-    config = search.config.model_dump(mode="json")
-    seeds = search.config.training_seeds
+    config = search.config
+    seeds = config.training_seeds
+    recipe, schemes = search.training
     return {
         "config": {
             "seeds": list(seeds),
-            "finetune": config["finetune"],
+            "finetune": recipe.model_dump(mode="json"),
             "activations": search.fixed_activations,
-            "quantizers": asdict(search.schemes),
-            "asha": config["trials"]["asha"],
+            "quantizers": asdict(schemes),
+            "asha": config.trials.asha,
+            **({"workers": config.trials.workers} if config.trials.workers > 1 else {}),
         },
         "model": search.model.weights_sha256,
         # As JSON gives them back: a list each.
@@ -41,6 +45,7 @@ def make(search: Search) -> TrialsArtefact:
         wanted,
         resources=search.config.trials,
         storage=search.folder.path / "tune",
+        best=best(search),
         on_progress=lambda done: search.progress("trials", done, epochs, "epochs"),
     )
     trials = [
@@ -50,6 +55,9 @@ def make(search: Search) -> TrialsArtefact:
     for trial in trials:
         if trial.status != "finished":
             told = f"{trial.digest}, seed {trial.seed}, {trial.status}: {trial.reason}"
+            search.events.emit("trials", "warning", told)
+        if trial.zeroed:
+            told = f"{trial.digest}, seed {trial.seed}: all zero are {', '.join(trial.zeroed)}"
             search.events.emit("trials", "warning", told)
     search.worker_cpu_seconds += sum(trial.cpu_seconds for trial in trials)
     return TrialsArtefact(trials=trials)
@@ -62,12 +70,12 @@ def specs(search: Search) -> list[TrialSpec]:
         Seed by seed, and for a seed in the order of the candidates: a comparison that is
         interrupted has every method as often as the others.
     """
-    seeds = search.config.training_seeds
+    seeds, training = search.config.training_seeds, search.training
     found: dict[tuple[str, int], TrialSpec] = {}
     for candidate in search.candidates:
         bits = dict(zip(candidate.digests, _choices(candidate), strict=True))
         for digest, seed in candidate.trainings(seeds):
-            found[digest, seed] = _spec(search, candidate, digest, bits[digest], seed)
+            found[digest, seed] = spec(search, candidate, digest, bits[digest], seed, *training)
     return sorted(found.values(), key=lambda spec: seeds.index(spec.seed))
 
 
@@ -75,29 +83,58 @@ def _choices(candidate: Candidate) -> list[dict[str, int]]:
     return [candidate.bits, *(draw.bits for draw in candidate.draws)]
 
 
-def _spec(
-    search: Search, candidate: Candidate, digest: str, bits: dict[str, int], seed: int
+def best(search: Search) -> BestSoFar:
+    """Return what trials offer their epochs to: ``RUN/best/``."""
+    methods: dict[str, list[str]] = {}
+    for candidate in search.candidates:
+        for digest in candidate.digests:
+            methods.setdefault(digest, []).append(f"{candidate.method} at {candidate.budget}")
+    of = {"weights": search.model.weights_sha256, "task": search.task.fingerprint}
+    return BestSoFar(search.folder.path / "best", of, methods)
+
+
+def spec(
+    search: Search,
+    candidate: Candidate,
+    digest: str,
+    bits: dict[str, int],
+    seed: int,
+    recipe: RecipeConfig,
+    schemes: Schemes,
 ) -> TrialSpec:
-    config = search.config
-    fidelity = config.finetune.model_dump() | {"asha": config.trials.asha}
+    """Specify one training.
+
+    Args:
+        search: Gives everything that is the same for all.
+        candidate: Whose space and order it is.
+        digest: Of what is trained.
+        bits: The candidate's, or a draw's.
+        seed: Of the training.
+        recipe: How to train.
+        schemes: How to quantize.
+    """
+    trials = search.config.trials
+    fidelity = recipe.model_dump() | {"asha": trials.asha}
+    if trials.workers > 1:
+        fidelity["workers"] = trials.workers
     if candidate.order:
         fidelity["order"] = candidate.order
     key = evaluation_key(
         Allocation.of(_space(search, candidate), bits),
         weights_sha256=search.model.weights_sha256,
         split="search",
-        quantizer=search.fixed_activations | asdict(search.schemes),
+        quantizer=search.fixed_activations | asdict(schemes),
         fidelity=fidelity,
         seed=seed,
     )
     return TrialSpec(
         digest=digest,
         bits=bits | search.fixed_activations,
-        recipe=config.finetune.recipe(),
+        recipe=recipe.recipe(),
         seed=seed,
         folder=(search.folder.path / "trials" / key).resolve(),
         order=tuple(tuple(block) for block in candidate.order),
-        schemes=search.schemes,
+        schemes=schemes,
     )
 
 

@@ -8,12 +8,11 @@ others. Early stopping compares with what this process has seen, so a study with
 killed may stop others, too.
 """
 
-from search.study.searcher import STUDY_NAME, RecipeSearch, storage_url
+from search.study.searcher import RecipeSearch, storage_url
 from search.study.space import distributions, middle
 from search.study.trying import StudySpecs, with_parameters
 
 __all__ = [
-    "STUDY_NAME",
     "RecipeSearch",
     "StudySpecs",
     "distributions",

@@ -2,8 +2,8 @@
 
 The study is an SQLite file, which is whole after any kill: ``optuna-dashboard
 sqlite:///RUN/study/optuna.db`` shows it while it runs. A trial that was interrupted is given to
-Tune again under its own number, and the sampler is seeded anew for every trial from the seed and its
-number, so that what is tried depends on what has ended before and on nothing that a process
+Tune again under its own number, and the sampler is seeded anew for every trial from the seed and
+its number, so that what is tried depends on what has ended before and on nothing that a process
 remembers.
 """
 
@@ -24,9 +24,11 @@ from search.artefacts import Trial
 from search.study.trying import NUMBER, StudySpecs
 from search.trials import TrialSpec, settled
 
-__all__ = ["STUDY_NAME", "RecipeSearch", "storage_url"]
+__all__ = ["RecipeSearch", "storage_url"]
 
-STUDY_NAME = "recipe"
+# Fewer than Optuna's ten and fifty: trainings are dear, and studies short.
+_NUM_RANDOM = 5
+_POPULATION = 8
 
 
 def storage_url(path: Path) -> str:
@@ -34,7 +36,7 @@ def storage_url(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
-class RecipeSearch(OptunaSearch):  # type: ignore[misc]
+class RecipeSearch(OptunaSearch):
     """Choose parameters by a study on disk, and tell it how trials ended.
 
     A finished trial has its scores there, one that was stopped early is pruned, one that diverged
@@ -42,10 +44,11 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
 
     Args:
         space: What may be chosen.
-        path: Of the study's file.
+        path: Of the file.
+        name: Of the study in it.
         sampler: ``tpe`` maximizes the score; ``nsga2`` trades it for the stored size.
         seed: Of the sampler.
-        num_trials: Of the whole study.
+        num_trials: Of the whole study; it can be continued with more.
         first: Parameters to try first.
         specs: Makes a trial of parameters.
     """
@@ -55,6 +58,7 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
         space: Mapping[str, BaseDistribution],
         *,
         path: Path,
+        name: str,
         sampler: Literal["tpe", "nsga2"],
         seed: int,
         num_trials: int,
@@ -64,13 +68,14 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._is_pareto = sampler == "nsga2"
-        self._wanted, self._seed_of_all, self._specs = num_trials, seed, specs
+        self._wanted, self._seed_of_all, self.specs = num_trials, seed, specs
+        self._names = space.keys()
         super().__init__(
             dict(space),
             metric=["search_score", "stored_bits"] if self._is_pareto else "search_score",
             mode=["max", "min"] if self._is_pareto else "max",
             sampler=self._sampler_of(0),
-            study_name=STUDY_NAME,
+            study_name=name,
             storage=RDBStorage(storage_url(path)),
         )
         study = self.study
@@ -85,13 +90,14 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
     @property
     def study(self) -> optuna.Study:
         """Optuna's study."""
-        return self._ot_study
+        study: optuna.Study = self._ot_study
+        return study
 
     @property
     def trials(self) -> list[FrozenTrial]:
         """All trials whose parameters were chosen, in order."""
         found = self.study.get_trials(deepcopy=False)
-        return [t for t in found if t.params.keys() == self._space.keys() and _is_begun(t)]
+        return [t for t in found if t.params.keys() == self._names and _is_begun(t)]
 
     @property
     def num_left(self) -> int:
@@ -100,7 +106,11 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
 
     def spec(self, trial: FrozenTrial) -> TrialSpec:
         """Return what a trial of the study is a trial of."""
-        return self._specs(trial.params | {NUMBER: trial.number})
+        return self.specs(trial.params | {NUMBER: trial.number})
+
+    def result(self, trial: FrozenTrial, error: Exception | None) -> Trial:
+        """Return how a trial ended; what its worker died of is None where it was stopped early."""
+        return settled(self.spec(trial), error)
 
     @override
     def suggest(self, trial_id: str) -> dict[str, Any]:
@@ -110,7 +120,8 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
         elif trial_id not in self._ot_trials:
             number = sum(map(_is_begun, self.study.get_trials(deepcopy=False)))
             self.study.sampler = self._sampler_of(number)
-        parameters: dict[str, Any] = super().suggest(trial_id)
+        parameters = super().suggest(trial_id)
+        assert parameters is not None
         return parameters | {NUMBER: self._ot_trials[trial_id].number}
 
     @override
@@ -139,8 +150,7 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
             error: What its worker died of; None where it ended by itself or was stopped early.
         """
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
-        spec = self.spec(frozen)
-        found = settled(spec, error)
+        found = self.result(frozen, error)
         if frozen.state.is_finished():
             return found
         if isinstance(trial, FrozenTrial):
@@ -150,8 +160,8 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
         trial.set_user_attr("reason", found.reason)
         if found.status == "finished":
             assert found.search_score is not None
-            size = [spec.stored_bits] if self._is_pareto else []
-            self.study.tell(trial, [found.search_score, *size])
+            size = self.spec(frozen).stored_bits
+            self.study.tell(trial, [found.search_score, *([size] if size is not None else [])])
         else:
             is_stopped = found.status == "stopped"
             self.study.tell(trial, state=TrialState.PRUNED if is_stopped else TrialState.FAIL)
@@ -159,11 +169,9 @@ class RecipeSearch(OptunaSearch):  # type: ignore[misc]
 
     def _sampler_of(self, number: int) -> BaseSampler:
         seed = probe_seed(self._seed_of_all, number, 0) % (1 << 32)
-        # Some trials at random first, but most of a short study is for the model of the others.
-        few = max(2, min(10, self._wanted // 3))
         if self._is_pareto:
-            return NSGAIISampler(population_size=few, seed=seed)
-        return TPESampler(n_startup_trials=few, seed=seed)
+            return NSGAIISampler(population_size=_POPULATION, seed=seed)
+        return TPESampler(n_startup_trials=_NUM_RANDOM, seed=seed)
 
 
 def _is_begun(trial: FrozenTrial) -> bool:

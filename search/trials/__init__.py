@@ -14,13 +14,14 @@ from search.trials.specification import (
     num_calibration_batches,
     quantized_model,
 )
-from search.trials.tuning import Tuning, run_trials, tune_specs
+from search.trials.tuning import Tuning, cause, run_trials, tune_specs
 
 __all__ = [
     "BestSoFar",
     "TrialSpec",
     "Tuning",
     "calibration_inputs",
+    "cause",
     "num_calibration_batches",
     "quantized_model",
     "read_trial",

@@ -8,7 +8,7 @@ set of trials can hold what another waits for.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -89,7 +89,7 @@ def run_together(
             name=spec.folder.name,
             storage_path=str((storage / "train").resolve()),
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-            callbacks=[TuneReportCallback()],
+            callbacks=[cast("ray.train.UserCallback", TuneReportCallback())],
         ),
     ).fit()
 

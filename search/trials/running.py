@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hawq.finetune import DivergedError, calibrate
+from hawq.finetune import DivergedError, calibrate, zeroed_layers
 from hawq.finetune.distillation import frozen_teacher
 from hawq.finetune.staging import Staging
 from hawq.task import Task
@@ -87,6 +87,7 @@ def run_trial(
             "epochs": records,
             "seconds": sum(record.seconds for record in records),
             "cpu_seconds": time.process_time() - started,
+            "zeroed": zeroed_layers(model),
         }
     )
     if is_chief:

@@ -29,7 +29,7 @@ from search.trials.running import read_trial, run_trial, settled
 from search.trials.specification import TrialSpec
 from search.trials.tracking import mlflow_callbacks
 
-__all__ = ["Tuning", "metrics", "run_trials", "tune_specs"]
+__all__ = ["Tuning", "cause", "metrics", "run_trials", "tune_specs"]
 
 _POLL_SECONDS = 1.0
 SpecOf = Callable[[Mapping[str, Any]], TrialSpec]
@@ -146,12 +146,13 @@ def tune_specs(
         {"cpu": 0.1 * resources.cpus} if is_crew else {"cpu": resources.cpus, "gpu": resources.gpus}
     )
     parameters = {"task": task, "state": dict(state), "spec_of": spec_of, "tuning": tuning}
-    objective = {"metric": "search_score", "mode": "max"}
+    is_pareto = searcher is not None and isinstance(searcher.metric, list)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trainable, **parameters), needs),
         param_space=dict(space or {}),
         tune_config=tune.TuneConfig(
-            **({} if searcher and isinstance(searcher.metric, list) else objective),
+            metric=None if is_pareto else "search_score",
+            mode=None if is_pareto else "max",
             search_alg=searcher,
             num_samples=num_samples,
             scheduler=asha if resources.asha else FIFOScheduler(),
@@ -224,7 +225,8 @@ class _Listed:
     specs: tuple[TrialSpec, ...]
 
     def __call__(self, config: Mapping[str, Any]) -> TrialSpec:
-        return self.specs[config["trial"]["index"]]
+        index: int = config["trial"]["index"]
+        return self.specs[index]
 
 
 @dataclass(frozen=True, slots=True)
