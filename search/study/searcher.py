@@ -126,10 +126,8 @@ class RecipeSearch(OptunaSearch):
 
     @override
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        trial = self._ot_trials[trial_id]
-        told = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        if not self._is_pareto and result["epoch"] not in told:
-            trial.report(result["search_score"], step=result["epoch"])
+        if "search_score" in result:  # else it ended before its first epoch
+            self._report(self._ot_trials[trial_id], result["epoch"], result["search_score"])
 
     @override
     def on_trial_complete(
@@ -155,6 +153,8 @@ class RecipeSearch(OptunaSearch):
             return found
         if isinstance(trial, FrozenTrial):
             trial = optuna.trial.Trial(self.study, trial._trial_id)
+        for record in found.epochs:  # Tune keeps to itself what it stopped a trial for
+            self._report(trial, record.epoch + 1, record.search_score)
         trial.set_user_attr("folder", found.folder)
         trial.set_user_attr("seconds", found.seconds)
         trial.set_user_attr("reason", found.reason)
@@ -166,6 +166,12 @@ class RecipeSearch(OptunaSearch):
             is_stopped = found.status == "stopped"
             self.study.tell(trial, state=TrialState.PRUNED if is_stopped else TrialState.FAIL)
         return found
+
+    def _report(self, trial: optuna.trial.Trial, step: int, score: float) -> None:
+        """Tell a score under way, once; Optuna has none of several objectives."""
+        told = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        if not self._is_pareto and step not in told:
+            trial.report(score, step=step)
 
     def _sampler_of(self, number: int) -> BaseSampler:
         seed = probe_seed(self._seed_of_all, number, 0) % (1 << 32)
