@@ -48,6 +48,10 @@ def run(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved config and stop")
     ] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="File of results to add the finished rows to: NAME.results.json"),
+    ] = None,
 ) -> None:
     """Search: traces, fronts, candidates, fine-tuning, report. Run again to go on."""
     from search.config_file import load_config  # noqa: PLC0415  torch takes seconds; --help should not
@@ -57,15 +61,28 @@ def run(
     if print_config:
         typer.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), nl=False)
         return
+    from search.checkout import noting_commits  # noqa: PLC0415
     from search.pipeline import run as run_search  # noqa: PLC0415
+    from search.results_file import read_results  # noqa: PLC0415
+    from search.results_record import record, typed  # noqa: PLC0415
     from search.terminal import LiveView, result_table  # noqa: PLC0415
 
     folder = out or Path("runs") / config.stem
+    if results is not None and results.exists():
+        read_results(results)  # now, not after hours
     try:
         with LiveView(_out) as view:
-            summary = run_search(loaded, folder, name=config.stem, force=force, listeners=[view])
+            summary = run_search(
+                loaded,
+                folder,
+                name=config.stem,
+                force=force,
+                listeners=[view, noting_commits(folder)],
+            )
     except KeyboardInterrupt:  # here, because Typer would only say "Aborted"
         _fail("interrupted: run the same command again to go on", 130)
+    if results is not None:
+        record(results, folder, summary, typed(sys.argv))
     _out.print(result_table(summary))
     if summary.model.search_seen:
         _out.print(
@@ -301,6 +318,17 @@ def front(
     from search.front_command import front_page  # noqa: PLC0415
 
     _out.print(Text(f"Fronts: {front_page(run, out)}"), soft_wrap=True)
+
+
+@app.command()
+def results(
+    file: Annotated[Path, typer.Argument(help="NAME.results.json, of hawq run --results")],
+) -> None:
+    """Print what a comparison found, in markdown: tables, paired differences, and their errors."""
+    from search.results_command import results_text  # noqa: PLC0415
+    from search.results_file import read_results  # noqa: PLC0415
+
+    typer.echo(results_text(read_results(file)))
 
 
 @app.command()
