@@ -7,6 +7,8 @@ after the layer that reads it first, ``LAYER#0``, ``LAYER#1`` for the layer's ow
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from hawq.space import Group, Space, evaluating, sharing_layers
+from hawq.space import Group, Kind, Space, evaluating, sharing_layers
 
 __all__ = [
     "Activation",
@@ -107,6 +109,54 @@ class Reads:
     alive: tuple[tuple[str, ...], ...]
     sums: tuple[tuple[str, ...], ...]
 
+    def without(self, patterns: Sequence[str], kind: Kind) -> "Reads":
+        """Leave out what stays in floating point.
+
+        Args:
+            patterns: Names or globs of layers, with whose calls what they alone read goes, too; or
+                of tensors, or of their first readers. ``"first"`` and ``"last"`` mean the first
+                and the last where none is called so.
+            kind: Whether they name weights or activations.
+
+        Raises:
+            ValueError: If a glob matches nothing, or no layer is left.
+        """
+        of: Sequence[Layer | Activation] = self.layers if kind == "weights" else self.activations
+        names = [found.name for found in of]
+        gone = {name for pattern in patterns for name in _matching(pattern, names, kind)}
+        if kind == "activations":
+            return self._only(self.layers, {a.name for a in self.activations} - gone)
+        layers = tuple(layer for layer in self.layers if layer.name not in gone)
+        if not layers:
+            raise ValueError(f"keep must leave a layer to quantize, got {list(patterns)}")
+        kept = {layer.name for layer in layers}
+        return self._only(layers, {r.activation for r in self.reads if r.layer in kept})
+
+    def _only(self, layers: tuple[Layer, ...], tensors: set[str]) -> "Reads":
+        kept = {layer.name for layer in layers}
+        sums = (tuple(name for name in members if name in kept) for members in self.sums)
+        return Reads(
+            layers,
+            tuple(a for a in self.activations if a.name in tensors),
+            tuple(r for r in self.reads if r.layer in kept),
+            tuple(tuple(name for name in step if name in tensors) for step in self.alive),
+            tuple(members for members in sums if len(members) > 1),
+        )
+
+
+def _matching(pattern: str, names: Sequence[str], kind: Kind) -> list[str]:
+    ends = {"first": names[:1], "last": names[-1:]}
+    hits = [
+        n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.partition("#")[0], pattern)
+    ]
+    hits = hits or list(ends.get(pattern, []))
+    if not hits:
+        near = get_close_matches(pattern, names, 3, 0.5) or names[:5]
+        raise ValueError(
+            f"{pattern!r} must match a layer of the {kind}, got none; there are {', '.join(near)}"
+        )
+    return hits
+
 
 def read_network(model: nn.Module, inputs: Tensor) -> Reads:
     """Run a network once, in eval mode, and tell who read what.
@@ -187,7 +237,8 @@ def network_space(
     """
     macs_of = dict.fromkeys((a.name for a in reads.activations), 0)
     for read in reads.reads:
-        macs_of[read.activation] += read.macs
+        if read.activation in macs_of:  # else it stays in floating point
+            macs_of[read.activation] += read.macs
     groups = [
         group
         for layer in reads.layers

@@ -206,6 +206,9 @@ class CurvatureConfig(_Section):
 class _Rules(_Section):
     """What single layers, or tensors, may receive; names are globs."""
 
+    keep: list[str] = Field(
+        [], description="Names or globs of what stays in floating point; first, last."
+    )
     pin: dict[str, Bits] = Field({}, description="Name or glob to fixed bits.")
     menus: dict[str, Annotated[list[Bits], Field(min_length=1)]] = Field(
         {}, description="Name or glob to the bit-widths it may receive, instead of bits."

@@ -24,7 +24,7 @@ from hawq.cost import Cost
 from hawq.curvature import NonFiniteTraceError
 from hawq.finetune import DivergedError, Recipe
 from hawq.reads import Reads, network_space, read_network
-from hawq.space import Space
+from hawq.space import Kind, Space
 from hawq.task import Task
 from search.artefacts import (
     CalibrationArtefact,
@@ -39,7 +39,7 @@ from search.artefacts import (
     TrialsArtefact,
 )
 from search.cluster import connected, refuse_unreachable
-from search.config import Budget, SearchConfig
+from search.config import ActivationsConfig, Budget, SearchConfig, WeightsConfig
 from search.errors import InputError
 from search.events import EventLog, Listener
 from search.fit import refuse_impossible
@@ -211,6 +211,7 @@ def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Searc
         reads = read_network(network, example)
     except ValueError as error:
         raise InputError(f"task: {error}") from error
+    reads = _kept_out(config, reads)
     space = _space(config, reads, by_channel=False)
     channels = _space(config, reads, by_channel=True) if config.by_channel else None
     if task.size("train") <= config.curvature.batch_size:
@@ -233,6 +234,20 @@ def _refuse_recipe(task: Task, recipe: Recipe, path: str) -> None:
         refuse_impossible(recipe, task, task.model())
     except ValueError as error:
         raise InputError(f"{path}.{error}") from error
+
+
+def _kept_out(config: SearchConfig, reads: Reads) -> Reads:
+    """Leave out what the config keeps in floating point."""
+    for kind, rules in _rules(config):
+        try:
+            reads = reads.without(rules.keep, kind)
+        except ValueError as error:
+            raise InputError(f"{kind}.keep: {error}") from error
+    return reads
+
+
+def _rules(config: SearchConfig) -> tuple[tuple[Kind, WeightsConfig | ActivationsConfig], ...]:
+    return (("weights", config.weights), ("activations", config.activations))
 
 
 def _space(config: SearchConfig, reads: Reads, *, by_channel: bool) -> Space:

@@ -60,6 +60,19 @@ class LazyNet(nn.Module):
         return self.used(x.flatten(1))
 
 
+class Upsampling(nn.Module):
+    """A convolution, a transposed one, which cannot be quantized here, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(2, 3, 2)
+        self.up = nn.ConvTranspose2d(3, 2, 2)
+        self.head = nn.Linear(50, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.down(x).relu()).relu().flatten(1))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "relu": ResidualNet,
     "silu": lambda: ResidualNet(F.silu),
@@ -68,6 +81,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "shared": lambda: ResidualNet(shared=True),
     "live_bn": lambda: ResidualNet(live=True),
     "lazy": LazyNet,
+    "upsampling": Upsampling,
     "dropout": lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(50, 4)),
 }
 

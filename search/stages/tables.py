@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hawq.cost import FLOAT_BITS
 from hawq.finetune import attach, sample_activations
 from hawq.quantizers import Scheme
 from hawq.ranges import activation_errors, weight_errors
@@ -83,18 +84,33 @@ def sources(search: Search) -> CostSources:
     """
     reads, fixed = search.reads, search.fixed_activations
     path = search.config.latency
+    searched = set(search.activations) if search.config.searches_activations else set()
+
+    def bits(name: str) -> str | int:
+        """What tells the bits of a tensor: its group, or their number."""
+        return f"a:{name}" if name in searched else fixed.get(f"a:{name}", FLOAT_BITS)
+
     return CostSources(
         operations=[
-            OperationEntry(weight=f"w:{r.layer}", activation=read, macs=r.macs)
-            for r in reads.reads
-            for read in [fixed.get(f"a:{r.activation}", f"a:{r.activation}")]
-            if isinstance(read, int) or search.config.searches_activations
+            OperationEntry(weight=f"w:{r.layer}", activation=bits(r.activation), macs=r.macs)
+            for r in (reads.reads if fixed or searched else ())
         ],
         alive=[[f"a:{name}" for name in step] for step in reads.alive],
         latency_ns=None if path is None else _latency(path, reads),
-        float_weights=unquantizable_weights(search.task.model()),
+        float_weights=_float_weights(search),
         scale_bits=16 if search.schemes.weights.symmetric else 24,
     )
+
+
+def _float_weights(search: Search) -> dict[str, int]:
+    """Count, by name, the weights that stay in floating point, as they must or should."""
+    model = search.task.model()
+    kept = {
+        f"{name}.weight": layer.weight.numel()
+        for name, layer in quantizable_layers(model).items()
+        if name not in search.layers and isinstance(layer.weight, Tensor)
+    }
+    return kept | unquantizable_weights(model)
 
 
 def _groups(search: Search, space: Space, errors: _Errors) -> dict[str, Any]:
