@@ -460,7 +460,9 @@ class TrialsConfig(_Section):
     max_failures: int = Field(3, ge=0, description="Restarts of a trial whose worker died.")
     asha: bool = Field(False, description="Stop poor trials early; they are then not comparable.")
     mlflow: str | None = Field(
-        None, description="Tracking URI of MLflow, to keep every trial's course there as well."
+        None,
+        description="Tracking URI of MLflow (sqlite:////path/mlflow.db, http://host:5000), to keep "
+        "every trial's course there as well.",
     )
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
         None,

@@ -6,6 +6,9 @@
     tables.json candidates.json calibration.json trials.json test.json
     scores/DIGEST-HASH.json  an allocation's score without training, example by example
     trials/DIGEST-HASH/    a fine-tuned allocation: checkpoint.pt, result.json, model.safetensors
+    study.json             study/optuna.db, study/NUMBER-DIGEST-HASH/: where a study was asked for
+    best/                  the best epoch so far: model.safetensors, allocation.json
+    tune/                  Ray's own files of every trial; tensorboard --logdir reads them
     summary.json           everything above as data; report.html: the same to look at
     events.jsonl           what happened
 

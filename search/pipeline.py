@@ -52,6 +52,7 @@ from search.tables import network_costs
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights
 from search.tasks.folded import FoldedTask, folding
+from search.trials.tracking import refuse_untrackable
 
 __all__ = ["STAGES", "STUDY", "Stage", "run", "stages_of", "trained"]
 
@@ -200,6 +201,7 @@ def _one_thread() -> Iterator[None]:
 def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Search:
     """Build what the stages need, and find mistakes before anything is written."""
     refuse_unreachable(config.ray.address)
+    refuse_untrackable(config.trials.mlflow)
     task = build_task(config.task, config.seed)
     network = task.model()
     checkpoint = None

@@ -3,21 +3,27 @@
 import json
 import os
 import signal
+import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
 
 from hawq.finetune import Recipe, evaluate, fixed_activations
 from hawq.reads import read_network
 from hawq.space import quantizable_layers
+from search.artefacts import EpochRecord
 from search.config import TrialsConfig
+from search.errors import InputError
 from search.fit import fit, read_progress, saved_epochs
 from search.tasks.classification import ClassificationTask
 from search.trials import BestSoFar, TrialSpec, quantized_model, run_trial, run_trials
+from search.trials.tracking import refuse_untrackable
 
 TASK = ClassificationTask(data="digits", root=None, network="resnet8", search_size=100)
 RECIPE = Recipe(epochs=3, batch_size=64, lr=0.02, examples_per_epoch=256)
@@ -54,6 +60,18 @@ def all_bits(bits):
 def results(trial):
     """What must not depend on interruptions: everything but times."""
     return [(record.epoch, record.loss, record.search_score) for record in trial.epochs]
+
+
+def scalars(path):
+    """What a TensorBoard file holds: by tag the values by step."""
+    data, start, found = path.read_bytes(), 0, {}
+    while start < len(data):  # a length, its checksum, the event, its checksum
+        (length,) = struct.unpack_from("<Q", data, start)
+        event = Event.FromString(data[start + 12 : start + 12 + length])
+        start += 16 + length
+        for value in event.summary.value:
+            found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
 
 
 class Interrupted(Exception):
@@ -103,6 +121,109 @@ def test_training_does_not_touch_the_global_random_state(tmp_path):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+class Unscorable(ClassificationTask):
+    """Has scores that overflow once it was trained."""
+
+    def scores(self, model, batch):
+        scores = ClassificationTask.scores(self, model, batch)
+        return scores / 0 if model.linear.bias.any() else scores
+
+
+def test_a_score_that_is_not_finite_ends_a_trial_with_its_reason(tmp_path, state):
+    task = Unscorable(data="digits", root=None, network="resnet8", search_size=100)
+    still = {name: torch.zeros_like(v) if "linear.bias" in name else v for name, v in state.items()}
+    trial = run_trial(task, still, make_spec(tmp_path / "t"), device="cpu")
+    assert trial.status == "failed"
+    assert trial.reason.startswith("the score on the search split must be finite, got ")
+    assert [record.epoch for record in trial.epochs] == [0]
+
+
+def test_the_best_epoch_of_all_trials_is_exported_and_scores_what_it_says(tmp_path, state):
+    best = BestSoFar(tmp_path / "best", {"weights": "w"}, {"d2": ["exact at 3 bits"]})
+    trials = []
+    for name, lr in (("1", 1e-6), ("2", 0.05), ("3", 1e-6)):
+        recipe = replace(RECIPE, lr=lr)
+        spec = make_spec(tmp_path / name, recipe=recipe, digest=f"d{name}")
+        trials.append(run_trial(TASK, state, spec, device="cpu", best=best))
+    exported = json.loads((tmp_path / "best" / "allocation.json").read_text())
+    scores = {t.digest: [record.search_score for record in t.epochs] for t in trials}
+    assert exported["search_score"] == max(map(max, scores.values()))
+    assert exported["search_score"] == scores[exported["digest"]][exported["epoch"]]
+    assert exported["digest"] == "d2"
+    assert exported["methods"] == ["exact at 3 bits"]
+    assert exported["recipe"]["lr"] == 0.05
+    model = quantized_model(TASK, state, make_spec(tmp_path / "2"))
+    model.load_state_dict(load_file(tmp_path / "best" / "model.safetensors"))
+    assert float(evaluate(model, TASK, "search").mean()) == exported["search_score"]
+    folders = [path for path in tmp_path.glob("best*") if path.is_dir() and not path.is_symlink()]
+    assert len(folders) == 1  # those before it are gone
+
+
+@pytest.mark.parametrize("function", ["symlink_to", "replace"])
+def test_an_export_that_is_cut_short_leaves_the_pair_before_it(
+    tmp_path, state, monkeypatch, function
+):
+    best = BestSoFar(tmp_path / "best", {"weights": "w"})
+    spec, model = make_spec(tmp_path / "t"), TASK.model()
+
+    def offer(epoch, score):
+        best.offer(model, spec, EpochRecord(epoch=epoch, loss=1, search_score=score, seconds=1))
+
+    def exported():
+        weights = load_file(tmp_path / "best" / "model.safetensors")["linear.bias"]
+        return json.loads((tmp_path / "best" / "allocation.json").read_text())["epoch"], weights[0]
+
+    with torch.no_grad():
+        model.linear.bias.fill_(1.0)
+    offer(1, 0.5)
+    with torch.no_grad():
+        model.linear.bias.fill_(2.0)
+    with monkeypatch.context() as patched:
+
+        def die(*_, **__):
+            raise Interrupted
+
+        patched.setattr(*((Path, function) if function == "symlink_to" else (os, function)), die)
+        with pytest.raises(Interrupted):
+            offer(2, 0.75)
+    assert exported() == (1, 1.0)
+    offer(1, 0.25)
+    offer(2, 0.5)  # a tie: the earlier epoch stays
+    assert exported() == (1, 1.0)
+    offer(2, 0.75)
+    assert exported() == (2, 2.0)
+
+
+def test_an_export_of_other_weights_gives_way(tmp_path):
+    spec, model = make_spec(tmp_path / "t"), TASK.model()
+    for name, score in (("w", 0.75), ("other", 0.25)):
+        record = EpochRecord(epoch=1, loss=1, search_score=score, seconds=1)
+        BestSoFar(tmp_path / "best", {"weights": name}).offer(model, spec, record)
+    assert json.loads((tmp_path / "best" / "allocation.json").read_text())["search_score"] == 0.25
+
+
+def test_tracking_without_mlflow_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(InputError, match=r"pip install 'hawq-search\[tracking\]'"):
+        refuse_untrackable("sqlite:////tmp/mlflow.db")
+    refuse_untrackable(None)
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+@pytest.mark.ray
+def test_mlflow_gets_every_epoch_of_a_trial(ray_cluster, tmp_path, state):
+    mlflow = pytest.importorskip("mlflow", reason="pip install 'hawq-search[tracking]'")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    resources = TrialsConfig(cpus=1, mlflow=uri)
+    spec = make_spec(tmp_path / "t")
+    (trial,) = run_trials(TASK, state, [spec], resources=resources, storage=tmp_path / "tune")
+    client = mlflow.MlflowClient(uri)
+    (kept,) = client.search_runs([client.get_experiment_by_name("hawq-trials").experiment_id])
+    told = [m.value for m in client.get_metric_history(kept.info.run_id, "search_score")]
+    assert told == [record.search_score for record in trial.epochs]
+    assert kept.data.params["trial/lr"] == str(RECIPE.lr)
+
+
 @pytest.mark.ray
 def test_tune_runs_every_trial_with_the_bits_of_this_process(ray_cluster, tmp_path, state):
     specs = [make_spec(tmp_path / str(bits), bits=bits, digest=str(bits)) for bits in (2, 4)]
@@ -122,6 +243,15 @@ def test_tune_runs_every_trial_with_the_bits_of_this_process(ray_cluster, tmp_pa
         assert (trial.digest, trial.status) == (spec.digest, "finished")
         assert results(trial) == results(alone)
     assert seen == sorted(seen)
+    for trial, spec in zip(trials, specs, strict=True):
+        (written,) = (tmp_path / "tune").glob(f"*/{spec.folder.name}/events.out.tfevents.*")
+        told = scalars(written)
+        scores = [record.search_score for record in trial.epochs]
+        assert told["ray/tune/search_score"] == pytest.approx(dict(enumerate(scores, 1)))
+        losses = [record.loss for record in trial.epochs[1:]]
+        assert told["ray/tune/loss"] == pytest.approx(dict(enumerate(losses, 2)))
+        rates = [RECIPE.rate((epoch - 0.5) / 3) for epoch in (1, 2, 3)]
+        assert told["ray/tune/lr"] == pytest.approx(dict(enumerate(rates, 2)))
     again = run_trials(
         TASK, state, specs, resources=TrialsConfig(cpus=1), storage=tmp_path / "unused"
     )
