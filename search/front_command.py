@@ -35,10 +35,11 @@ def front_page(run: Path, out: Path | None = None) -> Path:
         raise InputError(f"--out: must be a file to write, got the folder {path}: add a name")
     artefact = read_tables(run)
     tables, channels = Tables.of(artefact), Tables.of_channels(artefact)
+    offered = (*(("hawq-v1",) if tables.blocks else ()), *METHODS)
     chosen, caveat = _chosen(run, artefact)
     found = CandidatesArtefact(
         budgets=chosen.budgets if chosen else [],
-        fronts=[front for method in METHODS for front in fronts(method, tables, channels)],
+        fronts=[front for method in offered for front in fronts(method, tables, channels)],
         candidates=chosen.candidates if chosen else [],
     )
     page = render_fronts(run.resolve().name, found, tables.space, caveat)

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import TINY
+from test_report import changed, make_summary
 from test_searchers import best, make_problem, make_tables, with_budget
 
 from hawq.allocation import Allocation
@@ -19,6 +20,8 @@ from search.config import Budget
 from search.config_file import load_config
 from search.errors import InputError
 from search.pipeline import run
+from search.report import render
+from search.report.caveats import caveats
 from search.searchers import SEARCHERS, fine_tuning_order
 from search.stages.candidates import candidate
 from search.stages.eigenvalues import _read
@@ -320,3 +323,21 @@ def _agrees_with_one_process(config, out, blocks):
     error = np.hypot(blocks[1].data_error, float(alone.data_error[0]))
     slack = 3 * error + blocks[1].residual + float(alone.residual[0])
     assert abs(blocks[1].eigenvalue - float(alone.values[0])) < slack
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_the_report_shows_the_blocks_and_warns_of_eigenvalues_that_are_none():
+    plain = make_summary(methods=("exact", "hawq-v1"))
+    assert "Top eigenvalues of blocks" not in render(plain)
+    loose = make_block("b").model_copy(update={"converged": False, "eigenvalue": -2.0})
+    blocks = [make_block("a").model_dump(), loose.model_dump()]
+    summary = changed(plain, curvature={"blocks": blocks})
+    html = render(summary)
+    assert "What hawq-v1 goes by" in html
+    assert "<td>0.333</td>" in html
+    assert "<td>0.111</td>" in html  # λ / n
+    told = " ".join(caveats(summary))
+    assert "The power iteration of 1 block (b) had not converged" in told
+    assert "The top eigenvalue of 1 block (b) is negative and counts as zero" in told

@@ -34,7 +34,7 @@ def make_joint(name: str = "joint", tensors: dict[str, int] | None = None) -> Su
     document = summary.model_dump(mode="json")
     curvature = document["curvature"]
     curvature["activations"] = {
-        **{key: value for key, value in curvature.items() if key != "activations"},
+        **{key: value for key, value in curvature.items() if key not in {"activations", "blocks"}},
         "layers": list(tensors),
         "num_elements": list(tensors.values()),
     }

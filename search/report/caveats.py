@@ -14,6 +14,7 @@ def caveats(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> 
         *_split_caveat(summary),
         *_curvature_caveats(summary.curvature, "layer"),
         *_curvature_caveats(summary.curvature.activations, "activation tensor"),
+        *_block_caveats(summary),
         *_eigenvalue_caveats(summary, eigenvalues),
         *_trial_caveats(summary),
         *_size_caveats(summary),
@@ -55,6 +56,25 @@ def _curvature_caveats(traced: TraceArtefact | None, noun: str) -> list[str]:
             f"{'is' if traced.num_negative == 1 else 'are'} negative ({_listed(negative)}) and "
             f"{'counts' if traced.num_negative == 1 else 'count'} as zero in Ω: "
             "the methods see no cost in quantizing there."
+        )
+    return found
+
+
+def _block_caveats(summary: Summary) -> list[str]:
+    """Say where the eigenvalues that chose bits are not what they should be."""
+    blocks = summary.curvature.blocks or []
+    found = []
+    loose = [block.block for block in blocks if not block.converged]
+    if loose:
+        found.append(
+            f"The power iteration of {counted(len(loose), 'block')} ({_listed(loose)}) had not "
+            "converged: HAWQ’s order inherits the residual."
+        )
+    negative = [block.block for block in blocks if block.eigenvalue < 0]
+    if negative:
+        found.append(
+            f"The top eigenvalue of {counted(len(negative), 'block')} ({_listed(negative)}) is "
+            "negative and counts as zero: HAWQ sees no cost in quantizing there."
         )
     return found
 

@@ -27,6 +27,7 @@ from search.report.template import fill
 from search.report.trace_figure import traces
 from search.report.trace_findings import iterated
 from search.report.width_figure import channel_widths
+from search.searchers import SEARCHERS
 
 __all__ = ["render"]
 
@@ -102,6 +103,11 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
         hulls=[f.method for f in summary.candidates.fronts if f.is_hull and f.of == "weights"],
         hidden=num_hidden(summary.candidates),
         num_seeds=num_seeds(summary),
+        block_methods=[
+            method
+            for method in methods(summary.candidates)
+            if method in SEARCHERS and SEARCHERS[method].needs_blocks
+        ],
         is_thinned=any(len(front.bits) > MAX_FRONT_POINTS for front in summary.candidates.fronts),
         max_front_points=MAX_FRONT_POINTS,
         config=yaml.safe_dump(
