@@ -171,4 +171,5 @@ def test_layers_are_quantized_by_output_channel():
 
 def test_permuting_channels_changes_no_error():
     x = rows()
-    torch.testing.assert_close(weight_errors(x.flip(0), (1, 2, 8)).flip(0), weight_errors(x, (1, 2, 8)))
+    flipped = weight_errors(x.flip(0), (1, 2, 8)).flip(0)
+    torch.testing.assert_close(flipped, weight_errors(x, (1, 2, 8)))

@@ -9,7 +9,7 @@ remembers.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -90,8 +90,7 @@ class RecipeSearch(OptunaSearch):
     @property
     def study(self) -> optuna.Study:
         """Optuna's study."""
-        study: optuna.Study = self._ot_study
-        return study
+        return cast("optuna.Study", self._ot_study)
 
     @property
     def trials(self) -> list[FrozenTrial]:

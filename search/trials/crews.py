@@ -89,7 +89,7 @@ def run_together(
             name=spec.folder.name,
             storage_path=str((storage / "train").resolve()),
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-            callbacks=[cast("ray.train.UserCallback", TuneReportCallback())],
+            callbacks=[cast("Any", TuneReportCallback())],
         ),
     ).fit()
 
