@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import pytest
 import ray
 import torch
@@ -212,7 +213,6 @@ def test_tracking_without_mlflow_says_what_to_install(monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
 @pytest.mark.ray
 def test_mlflow_gets_every_epoch_of_a_trial(ray_cluster, tmp_path, state):
-    mlflow = pytest.importorskip("mlflow", reason="pip install 'hawq-search[tracking]'")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     resources = TrialsConfig(cpus=1, mlflow=uri)
     spec = make_spec(tmp_path / "t")
