@@ -100,6 +100,12 @@ def test_an_eigenvalue_below_zero_counts_as_zero():
         for first in (negative, zero)
     ]
     assert chosen[0].allocation == chosen[1].allocation
+    few = [
+        b.model_copy(update={"eigenvalue": e})
+        for b, e in zip(tables.blocks, (-9.0, -0.1, 1.0), strict=True)
+    ]
+    order = orders(replace(tables, blocks=tuple(few)))[1]
+    assert order == (("l4",), ("l0", "l1"), ("l2", "l3"))  # the two as they stand in the network
 
 
 def test_its_front_is_of_omega_at_every_size_that_it_offers():

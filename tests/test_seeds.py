@@ -18,6 +18,7 @@ from search.report import render
 from search.report.caveats import caveats
 from search.report.figures import training_curves
 from search.report.findings import searched, verdicts
+from search.report.quantities import percent
 from search.terminal import result_table
 
 
@@ -162,8 +163,8 @@ def with_seeds(summary: Summary, seeds=(17, 18), failed=None) -> Summary:
     for seed in seeds:
         for trial in summary.model_dump(mode="json")["trials"]["trials"]:
             odd = seed == failed and trial["digest"] == digest
-            status = {"status": "failed", "reason": "the loss is NaN"} if odd else {}
-            trials.append(trial | {"seed": seed} | status)
+            ended = {"status": "failed", "reason": "the loss is NaN", "epochs": trial["epochs"][:2]}
+            trials.append(trial | {"seed": seed} | (ended if odd else {}))
     for key, score in scores.items():
         mine = [s for s in seeds if s != failed or key != digest]
         score |= {"seeds": mine, "seed_scores": [score["score"]] * len(mine)}
@@ -196,7 +197,8 @@ def test_a_failed_seed_is_named_and_the_score_is_of_the_others():
         "training."
     )
     page = Page(render(summary))
-    assert "1 of 2 failed" in page.row("uniform")[7]
+    of_finished = summary.trials.trials[0].epochs[-1].search_score
+    assert page.row("uniform")[7] == f"1 of 2 failed {percent(of_finished)}"
     assert page.row("uniform")[10] == "1"
 
 
