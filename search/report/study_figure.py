@@ -45,6 +45,7 @@ def _size(trial: StudyTrial) -> float:
 
 def _figure(study: StudyArtefact, x: str, y: str, value: Any) -> go.Figure:
     figure = canvas(x, y)
+    figure.update_layout(height=340)
     groups = {
         "finished": (_SCORED, "circle"),
         "stopped": (_PRUNED, "circle-open"),
