@@ -31,7 +31,9 @@ def inputs(search: Search) -> dict[str, Any]:
         },
         "model": search.model.weights_sha256,
         # As JSON gives them back: a list each.
-        "allocations": sorted({t: list(t) for c in search.candidates for t in c.trainings(seeds)}),
+        "allocations": sorted(
+            list(t) for t in {t for c in search.candidates for t in c.trainings(seeds)}
+        ),
     }
 
 
