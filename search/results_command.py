@@ -24,6 +24,9 @@ _CLAIMS = {
     ("exact", "uniform"): "Ω beats uniform bits",
 }
 
+# From here on the spread of the seeds is known to a quarter.
+_MANY_SEEDS = 9
+
 
 @dataclass(frozen=True, slots=True)
 class _Line:
@@ -177,9 +180,20 @@ def _sources(lines: list[_Line], setting: Setting) -> list[str]:
     return [
         f"Errors are one standard error, over {held}; {setting.num_examples:,} test examples. "
         f"Inside the error is what is not above two of them. Fine-tuning took "
-        f"{sum(seconds.values()) / 3600:.1f} hours in all.",
+        f"{sum(seconds.values()) / 3600:.1f} hours in all.{_roughly(fewest)}",
         *(f"{what}: {'; '.join(dict.fromkeys(values))}" for what, values in facts.items()),
     ]
+
+
+def _roughly(fewest: int) -> str:
+    """Say how little few seeds tell of their spread: s of S normal values errs by s/√(2(S−1))."""
+    if not 1 < fewest < _MANY_SEEDS:
+        return ""
+    share = 100 / (2 * (fewest - 1)) ** 0.5
+    return (
+        f" The seeds' part of an error, from {fewest} trainings, is itself uncertain by "
+        f"{share:.0f} %."
+    )
 
 
 def _percent(found: Measured) -> str:

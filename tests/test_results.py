@@ -232,6 +232,7 @@ def test_one_seed_is_said_to_hold_the_images_alone(tmp_path):
     assert "the error of the images alone |" in one
     assert "one seed does not tell what another would change" in one
     assert "over the test images and the seeds together" in two
+    assert "from 2 trainings, is itself uncertain by 71 %" in two
     assert "alone" not in two
 
 
