@@ -1,7 +1,8 @@
 """Top eigenvalues of blocks on the cluster: a block is a unit of work."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +14,125 @@ from torch import Tensor
 from hawq.curvature import DrawnExamples, drawn_examples
 from hawq.curvature.power_iteration import TopEigenvalues
 from hawq.task import Task
+from search.artefacts import BlockEigenvalue
 from search.cluster import num_workers
 from search.config import CurvatureConfig, WorkersConfig
 from search.probes import WorkerPool
 from search.tracing import Progress
 
-__all__ = ["BlockSurface", "Eigenvalues", "eigenvalues_on_cluster"]
+__all__ = [
+    "BlockSurface",
+    "Eigenvalues",
+    "PowerIterations",
+    "block_record",
+    "eigenvalues_on_cluster",
+    "power_iterations",
+]
 
 # Points a side of a surface, and what the largest eigenvalue adds to the loss at its edge.
 _POINTS, _ADDED_LOSS = 15, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PowerIterations:
+    """Workers that iterate, and the examples that they see.
+
+    Attributes:
+        pool: The workers.
+        drawn: The examples.
+        data: The same, as a worker's calls take them.
+        rtol: Of an eigenvalue's residual.
+        max_iterations: Hessian-vector products at most.
+        seed: Of the start vectors.
+        count: Workers.
+    """
+
+    pool: WorkerPool
+    drawn: DrawnExamples
+    data: dict[str, Any]
+    rtol: float
+    max_iterations: int
+    seed: int
+    count: int
+
+    def results(
+        self, blocks: Mapping[str, Sequence[str]], num: int = 1
+    ) -> Iterator[tuple[str, TopEigenvalues]]:
+        """Yield each block's name with its first ``num`` eigenvalues, as they are found."""
+        names = list(blocks)
+        how = self.data | {
+            "rtol": self.rtol,
+            "max_iterations": self.max_iterations,
+            "seed": self.seed,
+            "num": num,
+        }
+        calls = {i: (list(blocks[name]), how) for i, name in enumerate(names)}
+        for i, (result, _) in self.pool.results("eigenvalues", calls):
+            yield names[i], result
+
+
+@contextmanager
+def power_iterations(
+    task: Task,
+    state: dict[str, Tensor],
+    *,
+    settings: CurvatureConfig,
+    workers: WorkersConfig,
+    rtol: float,
+    seed: int,
+    progress: Progress,
+) -> Iterator[PowerIterations]:
+    """Start workers, and draw the examples that all blocks' Hessians are of.
+
+    Args:
+        task: The network, its data and its loss.
+        state: The weights.
+        settings: On how many examples, with how many products at most.
+        workers: How many, and how large.
+        rtol: Of an eigenvalue's residual.
+        seed: Of the draw and of the start vectors.
+        progress: Told how far the draw is.
+    """
+    count = num_workers(workers.count, workers.cpus, workers.gpus)
+    size = task.size("train")
+    few = task.batch("train", torch.arange(min(settings.batch_size, size, 2)))
+    factored = task.curvature(task.model(), few) is not None
+    with WorkerPool(task, state, workers=count, cpus=workers.cpus, gpus=workers.gpus) as pool:
+
+        def look(examples: Sequence[int]) -> Tensor:
+            return pool.look(
+                "train",
+                examples,
+                settings.batch_size,
+                lambda done: progress(done, len(examples), "images", "which examples matter"),
+            )
+
+        drawn = drawn_examples(
+            size, look if factored else None, settings.examples, settings.pool, seed
+        )
+        data = {
+            "split": "train",
+            "examples": drawn.examples,
+            "batch_size": settings.batch_size,
+            "example_weights": drawn.weights,
+        }
+        yield PowerIterations(pool, drawn, data, rtol, settings.max_probes, seed, count)
+
+
+def block_record(
+    block: str, layers: Sequence[str], state: Mapping[str, Tensor], top: TopEigenvalues
+) -> BlockEigenvalue:
+    """Return a block's first eigenvalue as it is kept."""
+    return BlockEigenvalue(
+        block=block,
+        layers=list(layers),
+        n=sum(state[f"{layer}.weight"].numel() for layer in layers),
+        eigenvalue=float(top.values[0]),
+        residual=float(top.residual[0]),
+        data_error=float(top.data_error[0]),
+        iterations=int(top.iterations[0]),
+        converged=bool(top.converged[0]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +149,7 @@ class BlockSurface:
 class Eigenvalues:
     """What came out: by block, in the network's order, and the surfaces of two of them."""
 
-    found: dict[str, TopEigenvalues]
+    found: dict[str, BlockEigenvalue]
     surfaces: list[BlockSurface]
     drawn: DrawnExamples
     workers: int
@@ -63,7 +174,7 @@ def eigenvalues_on_cluster(
         task: The network, its data and its loss.
         state: The weights.
         blocks: Names of blocks and of their layers.
-        settings: On how many examples, with how many products at most.
+        settings: On how many examples, to what residual, with how many products at most.
         workers: How many, and how large.
         seed: Of the draw and of the start vectors.
         progress: Told how far it is.
@@ -73,81 +184,58 @@ def eigenvalues_on_cluster(
         NonFiniteTraceError: If a loss or a product is NaN or infinite.
     """
     started = time.monotonic()
-    count = num_workers(workers.count, workers.cpus, workers.gpus)
-    size = task.size("train")
-    few = task.batch("train", torch.arange(min(settings.batch_size, size, 2)))
-    factored = task.curvature(task.model(), few) is not None
-    names = list(blocks)
-    with WorkerPool(task, state, workers=count, cpus=workers.cpus, gpus=workers.gpus) as pool:
-
-        def look(examples: Sequence[int]) -> Tensor:
-            return pool.look(
-                "train",
-                examples,
-                settings.batch_size,
-                lambda done: progress(done, len(examples), "images", "which examples matter"),
-            )
-
-        def iterate(which: Sequence[int], num: int, what: str) -> dict[int, TopEigenvalues]:
-            found = {}
-            calls = {i: (list(blocks[names[i]]), iteration | {"num": num}) for i in which}
-            for i, (result, _) in pool.results("eigenvalues", calls):
-                found[i] = result
-                progress(len(found), len(which), what, names[i])
-            return found
-
-        drawn = drawn_examples(
-            size, look if factored else None, settings.examples, settings.pool, seed
-        )
-        data = {
-            "split": "train",
-            "examples": drawn.examples,
-            "batch_size": settings.batch_size,
-            "example_weights": drawn.weights,
-        }
-        iteration = data | {
-            "rtol": settings.rtol,
-            "max_iterations": settings.max_probes,
-            "seed": seed,
-        }
-        note(f"power iteration on {len(names)} blocks, {len(drawn.examples)} examples")
-        found = iterate(range(len(names)), 1, "blocks")
-        surfaces = _surfaces(pool, blocks, found, iterate, data, progress)
+    with power_iterations(
+        task,
+        state,
+        settings=settings,
+        workers=workers,
+        rtol=settings.rtol,
+        seed=seed,
+        progress=progress,
+    ) as iterations:
+        drawn = iterations.drawn
+        note(f"power iteration on {len(blocks)} blocks, {len(drawn.examples)} examples")
+        found = {}
+        for name, top in iterations.results(blocks):
+            found[name] = top
+            progress(len(found), len(blocks), "blocks", name)
+        surfaces = _surfaces(iterations, blocks, found, progress)
         return Eigenvalues(
-            {names[i]: found[i] for i in sorted(found)},
+            {name: block_record(name, blocks[name], state, found[name]) for name in blocks},
             surfaces,
             drawn,
-            count,
-            pool.cpu_seconds,
+            iterations.count,
+            iterations.pool.cpu_seconds,
             time.monotonic() - started,
         )
 
 
 def _surfaces(
-    pool: WorkerPool,
+    iterations: PowerIterations,
     blocks: Mapping[str, Sequence[str]],
-    found: dict[int, TopEigenvalues],
-    iterate: Callable[[Sequence[int], int, str], dict[int, TopEigenvalues]],
-    data: dict[str, Any],
+    found: Mapping[str, TopEigenvalues],
     progress: Progress,
 ) -> list[BlockSurface]:
     """Look around the blocks of largest and of smallest eigenvalue."""
-    names = list(blocks)
-    order = sorted(found, key=lambda i: abs(found[i].values[0]))
-    large = [i for i in order if sum(v.numel() for v in found[i].vectors[0]) > 1]
+    # Of equal ones the first in the network's order, whichever was found first.
+    order = sorted(blocks, key=lambda name: abs(found[name].values[0]))
+    large = [name for name in order if sum(v.numel() for v in found[name].vectors[0]) > 1]
     shown = list(dict.fromkeys([*large[-1:], *large[:1]]))
-    pairs = iterate(shown, 2, "second eigenvectors")
-    steepest = max((abs(float(pairs[i].values[0])) for i in shown), default=0.0)
+    pairs = {}
+    for name, top in iterations.results({name: blocks[name] for name in shown}, num=2):
+        pairs[name] = top
+        progress(len(pairs), len(shown), "second eigenvectors", name)
+    steepest = max((abs(float(pairs[name].values[0])) for name in shown), default=0.0)
     if not steepest:
         return []
     # One distance for both, or the flat one would look as steep.
     radius = (2 * _ADDED_LOSS / steepest) ** 0.5
     offsets = radius * np.arange(-(_POINTS // 2), _POINTS // 2 + 1) / (_POINTS // 2)
-    around = data | {"radius": radius, "num": _POINTS}
-    calls = {i: (list(blocks[names[i]]), pairs[i].vectors, around) for i in shown}
+    around = iterations.data | {"radius": radius, "num": _POINTS}
+    calls = {i: (list(blocks[n]), pairs[n].vectors, around) for i, n in enumerate(shown)}
     surfaces = {}
-    for i, (losses, _) in pool.results("surface", calls):
-        first, second = pairs[i].values.tolist()
-        surfaces[i] = BlockSurface(names[i], (first, second), offsets, losses)
-        progress(len(surfaces), len(shown), "surfaces", names[i])
-    return [surfaces[i] for i in shown]
+    for i, (losses, _) in iterations.pool.results("surface", calls):
+        first, second = pairs[shown[i]].values.tolist()
+        surfaces[i] = BlockSurface(shown[i], (first, second), offsets, losses)
+        progress(len(surfaces), len(shown), "surfaces", shown[i])
+    return [surfaces[i] for i in range(len(shown))]

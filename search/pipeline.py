@@ -23,8 +23,7 @@ from hawq.allocation import Allocation
 from hawq.cost import Cost
 from hawq.curvature import NonFiniteTraceError
 from hawq.finetune import DivergedError, Recipe
-from hawq.reads import Reads, network_space, read_network
-from hawq.space import Kind, Space
+from hawq.space import Space
 from hawq.task import Task
 from search.artefacts import (
     CalibrationArtefact,
@@ -39,13 +38,14 @@ from search.artefacts import (
     TrialsArtefact,
 )
 from search.cluster import connected, refuse_unreachable
-from search.config import ActivationsConfig, Budget, SearchConfig, WeightsConfig
+from search.config import Budget, SearchConfig
 from search.errors import InputError
 from search.events import EventLog, Listener
 from search.fit import refuse_impossible
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
 from search.report import write_report
+from search.spaces import reads_of, space_of
 from search.stages import calibration, candidates, curvature, model, study, tables, test, trials
 from search.stages.search import Search
 from search.tables import network_costs
@@ -208,14 +208,9 @@ def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Searc
     if config.task.checkpoint is not None:
         load_weights(network, Path(config.task.checkpoint))
         checkpoint = network.state_dict()
-    example = task.inputs(task.batch("train", torch.arange(1)))
-    try:
-        reads = read_network(network, example)
-    except ValueError as error:
-        raise InputError(f"task: {error}") from error
-    reads = _kept_out(config, reads)
-    space = _space(config, reads, by_channel=False)
-    channels = _space(config, reads, by_channel=True) if config.by_channel else None
+    reads = reads_of(config, task, network)
+    space = space_of(config, reads, by_channel=False)
+    channels = space_of(config, reads, by_channel=True) if config.by_channel else None
     if task.size("train") <= config.curvature.batch_size:
         raise InputError(
             "curvature.batch_size: must be less than the training examples, "
@@ -236,39 +231,6 @@ def _refuse_recipe(task: Task, recipe: Recipe, path: str) -> None:
         refuse_impossible(recipe, task, task.model())
     except ValueError as error:
         raise InputError(f"{path}.{error}") from error
-
-
-def _kept_out(config: SearchConfig, reads: Reads) -> Reads:
-    """Leave out what the config keeps in floating point."""
-    for kind, rules in _rules(config):
-        try:
-            reads = reads.without(rules.keep, kind)
-        except ValueError as error:
-            raise InputError(f"{kind}.keep: {error}") from error
-    return reads
-
-
-def _rules(config: SearchConfig) -> tuple[tuple[Kind, WeightsConfig | ActivationsConfig], ...]:
-    return (("weights", config.weights), ("activations", config.activations))
-
-
-def _space(config: SearchConfig, reads: Reads, *, by_channel: bool) -> Space:
-    """Return what may be chosen: menus, then the rules for weights and for activations."""
-    menu = config.activations.menu if config.searches_activations else None
-    space = network_space(reads, config.weights.bits, menu, by_channel=by_channel)
-    ties = [*config.weights.tie, *(reads.sums if config.weights.tie_sums else ())]
-    try:
-        weights = config.weights.model_copy(update={"tie": ties})
-        space = weights.apply(space, "weights")
-    except ValueError as error:
-        raise InputError(f"weights: {error}") from error
-    if menu is None:
-        return space
-    try:
-        own = {a.name: config.activations.input_bits for a in reads.activations if a.is_input}
-        return config.activations.apply(space.pinned(own, "activations"), "activations")
-    except ValueError as error:
-        raise InputError(f"activations: {error}") from error
 
 
 def _refuse_infeasible(space: Space, costs: Mapping[str, Cost], budget: Budget, path: str) -> None:

@@ -70,13 +70,15 @@ def record(path: Path, run: Path, summary: Summary, command: str) -> Results:
 
 
 def typed(arguments: Sequence[str]) -> str:
-    """Return a command as one would type it: with the program's name, without the run's folder."""
+    """Return a command as one would type it: the program's name, and no places of files."""
     kept = ["hawq"]
     skip = False
     for argument in arguments[1:]:
-        if not skip and argument != "--out" and not argument.startswith("--out="):
+        option, equals, _ = argument.partition("=")
+        is_place = option in {"--out", "--results"}
+        if not skip and not is_place:
             kept.append(argument)
-        skip = argument == "--out"
+        skip = not skip and is_place and not equals
     return shlex.join(kept)
 
 

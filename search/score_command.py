@@ -2,20 +2,14 @@
 
 from pathlib import Path
 
-import torch
-
 from hawq.allocation import Allocation
-from hawq.finetune import fixed_activations
 from hawq.finetune.batch_norm import has_statistics
-from hawq.quantizers import Schemes
-from hawq.reads import read_network
-from hawq.task import Task
 from search.artefacts import Candidate, ModelArtefact
-from search.config import SearchConfig
 from search.config_file import load_config
 from search.errors import InputError
 from search.folder import RunFolder
 from search.scores import CheapScores, Scored, ScoreSpec
+from search.spaces import fixed_bits, reads_of
 from search.tables import Tables
 from search.tasks.build import build_task
 
@@ -38,15 +32,15 @@ def score_spec(run: Path, *, num_examples: int | None = None, device: str = "cpu
         raise InputError(f"{run}: must hold the weights to score, got no {weights.name} in it")
     config = load_config(run / "config.yaml")
     task = build_task(config.task, config.seed)
-    quantizers = (config.weights.quantizer, config.activations.quantizer)
+    network = task.model()
     try:
         return ScoreSpec(
             task,
             weights.resolve(),
             folder=(run / "scores").resolve(),
-            fixed=_fixed(config, task),
-            schemes=Schemes(*(quantizer.scheme() for quantizer in quantizers)),
-            fidelity="batch_norm" if has_statistics(task.model()) else "none",
+            fixed=fixed_bits(config, reads_of(config, task, network)),
+            schemes=config.schemes,
+            fidelity="batch_norm" if has_statistics(network) else "none",
             num_examples=num_examples,
             seed=config.seed,
             device=device,
@@ -78,11 +72,3 @@ def score_view(run: Path, scored: Scored) -> str:
         f"{len(scored.examples):,} examples of the search split{seen} "
         f"(unquantized {100 * model.search_score:.2f} %), in {evaluation.seconds:.2g} s"
     )
-
-
-def _fixed(config: SearchConfig, task: Task) -> dict[str, int]:
-    """Return the bits of the activations that are not searched."""
-    if config.searches_activations:
-        return {}
-    reads = read_network(task.model(), task.inputs(task.batch("train", torch.arange(1))))
-    return fixed_activations(reads, config.activations.bits, config.activations.input_bits)

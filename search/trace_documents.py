@@ -8,7 +8,6 @@ from typing import Any
 from hawq.curvature import Granularity, Subject
 from hawq.curvature.blocks import grouped_blocks, residual_blocks
 from search.artefacts import (
-    BlockEigenvalue,
     EigenvalueDocument,
     LossSurface,
     TraceDocument,
@@ -155,7 +154,6 @@ def trace_blocks(
         )
         search.events.emit("trace", "finished", f"{result.seconds:.1f} s")
         weights_sha256 = search.model.weights_sha256
-        sizes = {layer: state[f"{layer}.weight"].numel() for layer in search.layers}
     population = result.drawn.population
     return EigenvalueDocument(
         **_common(config, name),
@@ -167,19 +165,7 @@ def trace_blocks(
         workers=result.workers,
         seconds=result.seconds,
         cpu_seconds=result.cpu_seconds,
-        blocks=[
-            BlockEigenvalue(
-                block=block,
-                layers=list(blocks[block]),
-                n=sum(sizes[layer] for layer in blocks[block]),
-                eigenvalue=float(top.values[0]),
-                residual=float(top.residual[0]),
-                data_error=float(top.data_error[0]),
-                iterations=int(top.iterations[0]),
-                converged=bool(top.converged[0]),
-            )
-            for block, top in result.found.items()
-        ],
+        blocks=list(result.found.values()),
         surfaces=[
             LossSurface(
                 block=surface.block,

@@ -298,6 +298,9 @@ def test_a_command_is_told_without_the_runs_folder():
         "hawq run c.yaml --set 'a=[1, 2]' --force"
     )
     assert typed(["hawq", "run", "c.yaml", "--out=/x"]) == "hawq run c.yaml"
+    assert typed(["hawq", "run", "c.yaml", "--results", "/x.json", "--force"]) == (
+        "hawq run c.yaml --force"
+    )
 
 
 # --- commits -------------------------------------------------------------------------------------

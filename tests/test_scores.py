@@ -327,3 +327,17 @@ def test_a_run_without_weights_cannot_be_scored(run):
     (run / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"must hold the weights to score, got no model"):
         score_spec(run)
+
+
+def test_what_the_config_keeps_in_floating_point_is_not_quantized_for_a_score(run):
+    config = run / "config.yaml"
+    config.write_text(
+        "task: {factory: oracles:TinyTask, arguments: {num_examples: 40}}\n"
+        "budgets: [{average_bits: 3}]\n"
+    )
+    every = score_spec(run).fixed
+    kept = list(every)[1]
+    config.write_text(
+        config.read_text() + f"activations: {{keep: ['{kept.removeprefix('a:')}']}}\n"
+    )
+    assert score_spec(run).fixed == {name: b for name, b in every.items() if name != kept}

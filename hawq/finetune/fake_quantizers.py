@@ -41,11 +41,6 @@ class WeightQuantizer(nn.Module):
         self._codes: Codes | None = None
         self.start(weight)
 
-    @property
-    def decays(self) -> bool:
-        """Whether weight decay draws the scale towards zero, as it does PACT's."""
-        return self.scheme.learning == "pact"
-
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Fit the range to a weight, of the same shape."""
@@ -108,11 +103,6 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("calibrated", torch.tensor(False))
         self.register_buffer("signed", torch.tensor(False))
         self._codes: Codes | None = None
-
-    @property
-    def decays(self) -> bool:
-        """Whether weight decay draws the scale towards zero, as it does PACT's."""
-        return self.scheme.learning == "pact"
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the tensor's quantized values, same shape."""

@@ -36,8 +36,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     ]
     is_scale = {id(quantizer.scale) for quantizer in quantizers}
     learned = [quantizer for quantizer in quantizers if quantizer.scale.requires_grad]
-    scales = [quantizer.scale for quantizer in learned if not quantizer.decays]
-    clipping = [quantizer.scale for quantizer in learned if quantizer.decays]
+    # PACT's scale is a clipping value: only a decayed one comes down (Choi et al., 2018).
+    clipping = [quantizer.scale for quantizer in learned if quantizer.scheme.learning == "pact"]
+    scales = [quantizer.scale for quantizer in learned if quantizer.scheme.learning != "pact"]
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_scale]
     weights = [p for p in others if p.ndim > 1]
     vectors = [p for p in others if p.ndim <= 1]

@@ -142,7 +142,7 @@ def _measure(search: Search, wanted: Sequence[Bits]) -> tuple[NDArray[np.float64
     state = ray.put(search.weights)
     pending = [
         remote.remote(
-            search.task, state, chunk, indices, trials.cpus, trials.gpus > 0, search.schemes
+            search.task, state, chunk, indices, trials.cpus, trials.gpus > 0, search.config.schemes
         )
         for chunk in _chunks(distinct)
     ]

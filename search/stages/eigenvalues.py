@@ -5,17 +5,12 @@ stopped run goes on with the others.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hawq.curvature import drawn_examples
 from hawq.curvature.blocks import residual_blocks
 from search.artefacts import BlockEigenvalue
-from search.cluster import num_workers
-from search.probes import WorkerPool
+from search.eigenvalues import block_record, power_iterations
 from search.stages.search import Search
 
 __all__ = ["block_eigenvalues", "eigenvalue_inputs"]
@@ -74,49 +69,19 @@ def _read(path: Path, inputs: str) -> dict[str, BlockEigenvalue]:
 def _iterate(
     search: Search, blocks: dict[str, list[str]], path: Path, found: dict[str, BlockEigenvalue]
 ) -> None:
-    config, task, state = search.config, search.task, search.weights
-    settings, workers = config.curvature, config.workers
-    size = task.size("train")
-    few = task.batch("train", torch.arange(min(settings.batch_size, size, 2)))
-    factored = task.curvature(task.model(), few) is not None
-    count = num_workers(workers.count, workers.cpus, workers.gpus)
-    with WorkerPool(task, state, workers=count, cpus=workers.cpus, gpus=workers.gpus) as pool:
-
-        def look(examples: Sequence[int]) -> torch.Tensor:
-            return pool.look(
-                "train",
-                examples,
-                settings.batch_size,
-                lambda done: search.progress("curvature", done, len(examples), "images"),
-            )
-
-        drawn = drawn_examples(
-            size, look if factored else None, settings.examples, settings.pool, config.seed
-        )
-        arguments = {
-            "split": "train",
-            "examples": drawn.examples,
-            "batch_size": settings.batch_size,
-            "example_weights": drawn.weights,
-            "rtol": _RTOL,
-            "max_iterations": settings.max_probes,
-            "seed": config.seed,
-        }
-        names = list(blocks)
-        calls = {i: (blocks[name], arguments) for i, name in enumerate(names)}
-        for done, (i, (top, _)) in enumerate(pool.results("eigenvalues", calls), 1):
-            layers = blocks[names[i]]
-            found[names[i]] = BlockEigenvalue(
-                block=names[i],
-                layers=layers,
-                n=sum(state[f"{layer}.weight"].numel() for layer in layers),
-                eigenvalue=float(top.values[0]),
-                residual=float(top.residual[0]),
-                data_error=float(top.data_error[0]),
-                iterations=int(top.iterations[0]),
-                converged=bool(top.converged[0]),
-            )
+    config, state = search.config, search.weights
+    with power_iterations(
+        search.task,
+        state,
+        settings=config.curvature,
+        workers=config.workers,
+        rtol=_RTOL,
+        seed=config.seed,
+        progress=lambda *how: search.progress("curvature", *how),
+    ) as iterations:
+        for done, (name, top) in enumerate(iterations.results(blocks), 1):
+            found[name] = block_record(name, blocks[name], state, top)
             with path.open("a", encoding="utf-8") as file:
-                file.write(found[names[i]].model_dump_json() + "\n")
-            search.progress("curvature", done, len(blocks), "blocks", names[i])
-        search.worker_cpu_seconds += pool.cpu_seconds
+                file.write(found[name].model_dump_json() + "\n")
+            search.progress("curvature", done, len(blocks), "blocks", name)
+        search.worker_cpu_seconds += iterations.pool.cpu_seconds

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hawq.finetune import fixed_activations
 from hawq.quantizers import Schemes
 from hawq.reads import Reads
 from hawq.space import Space
@@ -22,6 +21,7 @@ from search.artefacts import (
 from search.config import RecipeConfig, SearchConfig
 from search.events import EventLog
 from search.folder import RunFolder
+from search.spaces import fixed_bits
 from search.study import with_parameters
 from search.tasks.checkpoint import read_state, save_state
 
@@ -67,16 +67,7 @@ class Search:
     @property
     def fixed_activations(self) -> dict[str, int]:
         """Bits of the activations that are not searched, as ``hawq.finetune.attach`` takes them."""
-        config = self.config
-        if config.searches_activations:
-            return {}
-        return fixed_activations(self.reads, config.activations.bits, config.activations.input_bits)
-
-    @property
-    def schemes(self) -> Schemes:
-        """How weights and activations are quantized, for Ω and for training alike."""
-        config = self.config
-        return Schemes(config.weights.quantizer.scheme(), config.activations.quantizer.scheme())
+        return fixed_bits(self.config, self.reads)
 
     @property
     def study(self) -> StudyArtefact | None:
@@ -87,7 +78,7 @@ class Search:
     def training(self) -> tuple[RecipeConfig, Schemes]:
         """How all candidates are trained: as configured, or as the study found."""
         found = self.study
-        own = (self.config.finetune, self.schemes)
+        own = (self.config.finetune, self.config.schemes)
         return with_parameters(*own, found.parameters) if found else own
 
     @property

@@ -33,7 +33,7 @@ def inputs(search: Search) -> dict[str, Any]:
             "study": _study(search).model_dump(mode="json"),
             "finetune": config.finetune.model_dump(mode="json"),
             "activations": search.fixed_activations,
-            "quantizers": asdict(search.schemes),
+            "quantizers": asdict(search.config.schemes),
             **({"workers": config.trials.workers} if config.trials.workers > 1 else {}),
         },
         "model": search.model.weights_sha256,
@@ -55,8 +55,8 @@ def make(search: Search) -> StudyArtefact:
         sampler=study.sampler,
         seed=search.config.seed,
         num_trials=study.trials,
-        first=middle(study, recipe, search.schemes.weights.range, digests),
-        specs=StudySpecs(templates, recipe, search.schemes, root.resolve()),
+        first=middle(study, recipe, search.config.schemes.weights.range, digests),
+        specs=StudySpecs(templates, recipe, search.config.schemes, root.resolve()),
     )
     errors = _run(search, searcher, recipe.epochs) if searcher.num_left else {}
     trials = [_trial(searcher, t, errors.get(t.number)) for t in searcher.trials]
@@ -120,7 +120,7 @@ def _template(search: Search, candidate: Candidate) -> TrialSpec:
         candidate.bits,
         search.config.seed,
         recipe,
-        search.schemes,
+        search.config.schemes,
     )
     size = candidate.costs["stored_bits"] if _study(search).sampler == "nsga2" else None
     return replace(found, stored_bits=size)

@@ -64,7 +64,7 @@ def make(search: Search) -> TablesArtefact:
 
     def groups(space: Space) -> dict[str, Any]:
         errors = _weight_errors(search, model, space) | _activation_errors(
-            samples, space, search.schemes.activations
+            samples, space, search.config.schemes.activations
         )
         return _groups(search, space, errors)
 
@@ -98,7 +98,7 @@ def sources(search: Search) -> CostSources:
         alive=[[f"a:{name}" for name in step] for step in reads.alive],
         latency_ns=None if path is None else _latency(path, reads),
         float_weights=_float_weights(search),
-        scale_bits=16 if search.schemes.weights.symmetric else 24,
+        scale_bits=16 if search.config.schemes.weights.symmetric else 24,
     )
 
 
@@ -133,8 +133,8 @@ def _groups(search: Search, space: Space, errors: _Errors) -> dict[str, Any]:
 
 def _num_scales(search: Search) -> dict[str, int]:
     """Count the scales of each layer and tensor that its scheme gives one a channel."""
-    weights = search.reads.layers if search.schemes.weights.per == "channel" else ()
-    tensors = search.reads.activations if search.schemes.activations.per == "channel" else ()
+    weights = search.reads.layers if search.config.schemes.weights.per == "channel" else ()
+    tensors = search.reads.activations if search.config.schemes.activations.per == "channel" else ()
     return {f"w:{layer.name}": layer.num_channels for layer in weights} | {
         f"a:{tensor.name}": tensor.num_channels for tensor in tensors
     }
@@ -176,7 +176,7 @@ def _weight_errors(search: Search, model: nn.Module, space: Space) -> _Errors:
     for name in search.layers:
         weight = layers[name].weight
         assert isinstance(weight, Tensor)
-        found = weight_errors(weight, space.widths, search.schemes.weights).numpy()
+        found = weight_errors(weight, space.widths, search.config.schemes.weights).numpy()
         errors[f"w:{name}"] = found if space.groups[0].is_channel else found.sum(0, keepdims=True)
     return errors
 
@@ -193,7 +193,7 @@ def _activation_samples(search: Search) -> dict[str, Tensor]:
     model.load_state_dict(search.weights)
     example = search.task.inputs(search.task.batch("train", torch.arange(1)))
     some_bits = {group.name: group.menu[0] for group in part.groups}  # any: nothing is rounded
-    attach(model, some_bits, example, search.schemes)
+    attach(model, some_bits, example, search.config.schemes)
 
     def batches() -> Iterator[Tensor]:
         for done, batch in enumerate(calibration_inputs(search.task, "cpu")):

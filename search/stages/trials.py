@@ -40,7 +40,7 @@ def inputs(search: Search) -> dict[str, Any]:
 def make(search: Search) -> TrialsArtefact:
     """Fine-tune."""
     wanted = specs(search)
-    epochs = len(wanted) * search.config.finetune.epochs
+    epochs = len(wanted) * search.training[0].epochs
     found = run_trials(
         search.task,
         search.weights,
