@@ -5,11 +5,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from search.evaluate import Fidelity
+from search.searches.record import ScoredAllocation, SearchRecord
 
 __all__ = [
     "AgreementPoint",
     "ComparisonDocument",
     "Finalist",
+    "FinalistDifference",
     "HessianChoice",
     "ScoredAllocation",
     "SearchRecord",
@@ -18,37 +20,6 @@ __all__ = [
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ScoredAllocation(_Record):
-    """One distinct allocation that a search scored."""
-
-    digest: str
-    score: float = Field(description="On the search split, in [0, 1]; of the proxy −Ω.")
-    seconds: float = Field(description="Since the search began, its own work included.")
-    weight_bits: int
-    activation_bits: int | None = Field(description="null: activations are not searched.")
-    sensitivity: float = Field(description="Ω.")
-
-
-class SearchRecord(_Record):
-    """One search: a method under a budget, with a seed."""
-
-    method: str
-    budget: str
-    seed: int
-    evaluations: list[ScoredAllocation] = Field(description="In the order of scoring.")
-    num_starts: int = Field(0, description="The first of them that the Hessian's front gave.")
-    episodes: int = Field(description="Proposals, repeated ones included.")
-    cpu_seconds: float = Field(description="Of the search and its scores.")
-    failures: list[str] = Field([], description="Scores that failed once, with their reasons.")
-    reason: str = Field("", description="Why it ended before its evaluations were spent.")
-    bits: dict[str, int] = Field(description="The best allocation.")
-
-    @property
-    def best(self) -> ScoredAllocation:
-        """The allocation of highest score, the first of equal ones."""
-        return max(self.evaluations, key=lambda found: found.score)
 
 
 class HessianChoice(_Record):
@@ -64,6 +35,7 @@ class AgreementPoint(_Record):
     """One allocation, scored cheaply and after fine-tuning."""
 
     digest: str
+    budget: str = Field("", description="Ranks are compared within it.")
     score: float
     finetuned: float = Field(description="On the test split, in [0, 1].")
 
@@ -78,6 +50,18 @@ class Finalist(_Record):
     score: float = Field(description="On the test split, mean over seeds of the training.")
     standard_error: float = Field(description="Over images × seeds.")
     by_seed: list[float]
+
+
+class FinalistDifference(_Record):
+    """Two finalists of one budget on the same test examples and training seeds."""
+
+    budget: str
+    first: str = Field(description="Method.")
+    second: str
+    difference: float = Field(description="Score of the first minus score of the second.")
+    low: float = Field(description="End of the 95 % interval, bootstrapped over images × seeds.")
+    high: float
+    num_seeds: int = Field(description="Of the training, that both have; 1: over images alone.")
 
 
 class ComparisonDocument(_Record):
@@ -97,5 +81,6 @@ class ComparisonDocument(_Record):
     searches: list[SearchRecord]
     hessian: list[HessianChoice]
     agreement: list[AgreementPoint]
-    finalists: list[Finalist]
+    finalists: list[Finalist] = Field(description="One a method and budget.")
+    differences: list[FinalistDifference] = Field([], description="Of every two of a budget, once.")
     verdict: list[str] = Field([], description="What follows, in plain language.")

@@ -1,0 +1,316 @@
+"""The statistics of a comparison: curves, fronts, differences and agreements, with their errors.
+
+Intervals are percentile bootstraps of 95 % (Efron, 1979), drawn from the seed that is given.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu, rankdata
+
+__all__ = [
+    "MIN_SEEDS",
+    "Band",
+    "Interval",
+    "SearchDifference",
+    "band",
+    "best_at",
+    "best_so_far",
+    "covered_share",
+    "evaluations_to_reach",
+    "finalist_difference",
+    "holm",
+    "hypervolume",
+    "median_lead",
+    "rank_agreement",
+    "search_differences",
+]
+
+# With fewer searches on a side nothing is claimed of two methods: Mann–Whitney's test would miss
+# all but the largest differences, and its silence would be read as equality.
+MIN_SEEDS = 10
+_LEVEL = 0.05
+_NUM_BOOTSTRAPS = 2000
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate between the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 or −1 where the interval excludes zero; 0 where the error may be all there is."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Band:
+    """Median and quartiles over seeds, each of shape (T,)."""
+
+    median: Vector
+    low: Vector
+    high: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class SearchDifference:
+    """How much better one method's searches end than another's.
+
+    Attributes:
+        medians: Of the final scores of the first minus those of the second.
+        p: Of Mann and Whitney's two-sided test, after Holm's correction; None makes no claim, as
+            one side has fewer than ``MIN_SEEDS`` searches.
+    """
+
+    medians: Interval
+    p: float | None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the two are told apart, at 5 %."""
+        return self.p is not None and self.p < _LEVEL
+
+
+def best_so_far(scores: Sequence[float], length: int) -> Vector:
+    """Return the best score after each evaluation, shape (length,).
+
+    A search that ended early keeps its best.
+
+    Args:
+        scores: In the order of scoring, at least one.
+        length: Evaluations of the whole budget.
+
+    Raises:
+        ValueError: If there are no scores, or more than ``length``.
+    """
+    if not 1 <= len(scores) <= length:
+        raise ValueError(f"scores must number 1 to {length}, got {len(scores)}")
+    best = np.maximum.accumulate(np.asarray(scores, np.float64))
+    return np.pad(best, (0, length - len(scores)), mode="edge")
+
+
+def best_at(costs: Sequence[float], scores: Sequence[float], grid: Vector) -> Vector:
+    """Return the best score that each cost of a grid buys, shape (T,).
+
+    Args:
+        costs: Spent when each score was there, never falling.
+        scores: Of the same, in the order of scoring.
+        grid: Costs, shape (T,), none below the first score's.
+
+    Raises:
+        ValueError: If the lengths differ, costs fall, or the grid begins before the first score.
+    """
+    if len(costs) != len(scores) or np.any(np.diff(costs) < 0):
+        raise ValueError(
+            f"costs must be one a score and never fall, got {len(costs)} for {len(scores)}"
+        )
+    if len(costs) == 0 or grid.min() < costs[0]:
+        raise ValueError(f"grid must begin at the first score or later, got {grid.min():g}")
+    bought = np.searchsorted(np.asarray(costs, np.float64), grid, side="right") - 1
+    best: Vector = best_so_far(scores, len(scores))[bought]
+    return best
+
+
+def band(curves: NDArray[np.float64]) -> Band:
+    """Summarize curves of several seeds, shape (S, T)."""
+    low, median, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
+    return Band(median, low, high)
+
+
+def evaluations_to_reach(searches: Sequence[Sequence[float]], target: float) -> float | None:
+    """Return how many evaluations a method needs until its best reaches a score.
+
+    Args:
+        searches: The scores of each seed, in the order of scoring.
+        target: To be reached or passed.
+
+    Returns:
+        The median over seeds; None if half of the searches or more never reach it.
+    """
+    needed = [
+        next((i for i, score in enumerate(scores, 1) if score >= target), np.inf)
+        for scores in searches
+    ]
+    middle = np.sort(needed)[(len(needed) - 1) // 2 : len(needed) // 2 + 1]
+    return None if np.isinf(middle).any() else float(middle.mean())
+
+
+def hypervolume(points: NDArray[np.float64], reference: tuple[float, float]) -> float:
+    """Return the area of what some point dominates, up to a reference (Zitzler & Thiele, 1998).
+
+    Args:
+        points: Size to be small and score to be large, shape (F, 2).
+        reference: Size and score; a point that is not better in both adds nothing.
+    """
+    size, score = reference
+    area, reached = 0.0, score
+    order = np.lexsort((-points[:, 1], points[:, 0]))
+    for x, y in points[order].tolist():
+        if x < size and y > reached:
+            area += (size - x) * (y - reached)
+            reached = y
+    return area
+
+
+def covered_share(
+    points: NDArray[np.float64], *, ideal: tuple[float, float], reference: tuple[float, float]
+) -> float:
+    """Return the hypervolume as a share of the rectangle from an ideal point to a reference.
+
+    Raises:
+        ValueError: If the ideal is not smaller and better than the reference.
+    """
+    width, height = reference[0] - ideal[0], ideal[1] - reference[1]
+    if width <= 0 or height <= 0:
+        raise ValueError(f"ideal must be better than the reference in both, got {ideal}")
+    inside = np.column_stack(
+        [np.maximum(points[:, 0], ideal[0]), np.minimum(points[:, 1], ideal[1])]
+    )
+    return hypervolume(inside, reference) / (width * height)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct p-values for their number (Holm, 1979): the i-th smallest of m times m − i + 1."""
+    order = np.argsort(p, kind="stable")
+    factors = np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * factors), 1)
+    found: list[float] = corrected.tolist()
+    return found
+
+
+def search_differences(pairs: Sequence[tuple[Vector, Vector]], seed: int) -> list[SearchDifference]:
+    """Compare methods by the final scores of their searches, two methods at a time.
+
+    Args:
+        pairs: The final scores of two methods, shapes (S,) and (S',). Holm's correction is over
+            all pairs with enough seeds.
+        seed: Of the bootstraps.
+
+    Returns:
+        A difference a pair, in their order.
+    """
+    generator = np.random.default_rng(seed)
+    medians = [_median_difference(first, second, generator) for first, second in pairs]
+    tested = [i for i, pair in enumerate(pairs) if min(map(len, pair)) >= MIN_SEEDS]
+    corrected = holm([_mann_whitney(*pairs[i]) for i in tested])
+    p = dict(zip(tested, corrected, strict=True))
+    return [SearchDifference(found, p.get(i)) for i, found in enumerate(medians)]
+
+
+def median_lead(scores: Vector, reference: float, seed: int) -> Interval | None:
+    """Return how far the median search ends above a single score.
+
+    Args:
+        scores: Final scores of the searches, shape (S,).
+        reference: A score that has no seed.
+        seed: Of the bootstrap.
+
+    Returns:
+        The lead; None, no claim, with fewer than ``MIN_SEEDS`` searches.
+    """
+    if len(scores) < MIN_SEEDS:
+        return None
+    return _median_difference(scores, np.array([reference]), np.random.default_rng(seed))
+
+
+def finalist_difference(
+    first: NDArray[np.float64], second: NDArray[np.float64], seed: int
+) -> Interval:
+    """Return the difference of two networks' mean scores, bootstrapped over images × seeds.
+
+    Images and training seeds are drawn independently of each other, and alike for both networks
+    (Owen, 2007). R draws of R seeds spread by (R − 1) / R too little, so their weights are spread
+    by the inverse: few seeds do not look surer than they are. One seed tells nothing of another:
+    the interval is then over the images alone.
+
+    Args:
+        first: Scores of each training and example, shape (R, N); rows are training seeds.
+        second: The same seeds and examples.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If the shapes differ or hold fewer than two examples.
+    """
+    if first.shape != second.shape or first.ndim != 2 or first.shape[1] < 2:
+        raise ValueError(
+            f"first and second must have one shape (R, N) with two examples or more, "
+            f"got {first.shape} and {second.shape}"
+        )
+    gained = first - second
+    num_seeds, num_images = gained.shape
+    generator = np.random.default_rng(seed)
+    spread = (num_seeds / (num_seeds - 1)) ** 0.5 if num_seeds > 1 else 1.0
+    drawn = np.empty(_NUM_BOOTSTRAPS)
+    for i in range(_NUM_BOOTSTRAPS):
+        rows = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds)) / num_seeds
+        weights = 1 / num_seeds + spread * (rows - 1 / num_seeds)
+        by_seed = gained[:, generator.integers(num_images, size=num_images)].mean(1)
+        drawn[i] = weights @ by_seed
+    return _interval(float(gained.mean()), drawn)
+
+
+def rank_agreement(
+    first: Vector, second: Vector, groups: Sequence[str], seed: int
+) -> Interval | None:
+    """Return Spearman's ρ of two measurements of the same things, ranked within groups.
+
+    Ranks are taken in each group alone and centred, so that what groups differ in, such as the
+    size that a budget allows, earns no agreement. With one group it is Spearman's ρ (1904). The
+    bootstrap draws things, not groups.
+
+    Args:
+        first: One measurement, shape (N,).
+        second: The other, shape (N,).
+        groups: The group of each thing.
+        seed: Of the bootstrap.
+
+    Returns:
+        The correlation; None where it is not defined, as one of the two does not vary.
+    """
+    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+    value = _grouped_correlation(first, second, labels)
+    if value is None:
+        return None
+    generator = np.random.default_rng(seed)
+    again = generator.integers(len(first), size=(_NUM_BOOTSTRAPS, len(first)))
+    drawn = [_grouped_correlation(first[i], second[i], labels[i]) for i in again]
+    return _interval(value, np.array([found for found in drawn if found is not None]))
+
+
+def _grouped_correlation(first: Vector, second: Vector, labels: NDArray[np.int64]) -> float | None:
+    x, y = np.empty(len(first)), np.empty(len(first))
+    for label in np.unique(labels):
+        mine = labels == label
+        for ranks, values in ((x, first), (y, second)):
+            ranks[mine] = rankdata(values[mine]) - (mine.sum() + 1) / 2
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else None
+
+
+def _median_difference(first: Vector, second: Vector, generator: np.random.Generator) -> Interval:
+    drawn = [
+        np.median(side[generator.integers(len(side), size=(_NUM_BOOTSTRAPS, len(side)))], axis=1)
+        for side in (first, second)
+    ]
+    return _interval(float(np.median(first) - np.median(second)), drawn[0] - drawn[1])
+
+
+def _mann_whitney(first: Vector, second: Vector) -> float:
+    # With nothing but ties the test statistic has no variance, and the test no answer.
+    if np.ptp(np.concatenate([first, second])) == 0:
+        return 1.0
+    return float(mannwhitneyu(first, second, alternative="two-sided").pvalue)
+
+
+def _interval(value: float, drawn: Vector) -> Interval:
+    low, high = np.quantile(drawn, [_LEVEL / 2, 1 - _LEVEL / 2]).tolist()
+    return Interval(value, low, high)
