@@ -7,7 +7,9 @@ An environment here receives its evaluator and can only represent allocations wi
 import gymnasium
 
 from envs.channel_ratios import ChannelRatios, Ranked
+from envs.layer_bits import LayerBits, layer_features
 
-__all__ = ["ChannelRatios", "Ranked"]
+__all__ = ["ChannelRatios", "LayerBits", "Ranked", "layer_features"]
 
 gymnasium.register("ChannelRatios-v0", entry_point="envs.channel_ratios:ChannelRatios")
+gymnasium.register("LayerBits-v0", entry_point="envs.layer_bits:LayerBits")
