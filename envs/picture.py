@@ -25,7 +25,7 @@ _COLORS = (
 )
 _OPEN = (205, 205, 205)
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
-_NOUNS: dict[Kind, str] = {"weights": "layers", "activations": "tensors"}
+_NOUNS: dict[Kind, str] = {"weights": "layer", "activations": "tensor"}
 
 # In pixels: a panel is a title, its strips and a line of names; colors are told on its right.
 _LEFT, _WIDTH, _LEGEND = 42, 600, 138
@@ -139,14 +139,22 @@ def _color(bits: int | None) -> tuple[int, int, int]:
 def _write(draw: ImageDraw.ImageDraw, top: int, kind: Kind, strips: dict[str, _Shares]) -> None:
     """Write what stands around a panel."""
     draw.text((_LEFT, top - 17), _title(kind, strips), _INK)
+    noun = _NOUNS[kind]
+    draw.text((_LEFT + _WIDTH, top - 17), f"shares of each {noun}", _INK, anchor="ra")
     for mark, y in (("100 %", top - 2), ("50 %", top + _STRIPS // 2 - 6), ("0 %", top + 118)):
         draw.text((_LEFT - 6, y), mark, _INK, anchor="ra")
     first, last = next(iter(strips)), next(reversed(strips))
     beneath = top + _STRIPS + 4
     draw.text((_LEFT, beneath), first, _INK)
-    draw.text((_LEFT + _WIDTH // 2, beneath), f"{len(strips)} {_NOUNS[kind]}", _INK, anchor="ma")
+    draw.text(
+        (_LEFT + _WIDTH // 2, beneath),
+        f"{len(strips)} {noun}{'s' if len(strips) > 1 else ''}",
+        _INK,
+        anchor="ma",
+    )
     draw.text((_LEFT + _WIDTH, beneath), last, _INK, anchor="ra")
     left = _LEFT + _WIDTH + 14
+    draw.text((left, top - 17), f"of all {kind}", _INK)
     for line, (bits, share) in enumerate(_parts(_whole(strips.values()))):
         y = top + 14 * line
         draw.rectangle((left, y, left + 10, y + 10), _color(bits), _INK)
