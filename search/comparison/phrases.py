@@ -1,0 +1,40 @@
+"""How a comparison puts several things into one sentence."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from search.comparison.statistics import Interval
+from search.report.quantities import significant
+
+__all__ = ["few", "listed", "sides", "spread"]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the range of numbers: ``214``, ``214 to 12,300``."""
+    low, high = significant(min(values)), significant(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def few(number: float) -> str:
+    """Write a median of counts: ``12``, ``12.5``."""
+    return f"{number:,.1f}".removesuffix(".0")
+
+
+def sides(leads: Mapping[str, Interval], written: Callable[[Interval], str]) -> list[str]:
+    """Say who is above something, who cannot be told apart from it, and who is below.
+
+    Args:
+        leads: How far each is above it.
+        written: Writes a lead that is not inside the error.
+    """
+
+    def shown(sign: int) -> str:
+        mine = sorted((n for n in leads if leads[n].sign == sign), key=lambda n: -leads[n].value)
+        return listed([f"{name} ({written(leads[name])})" if sign else name for name in mine])
+
+    words = {1: "above it", 0: "not told apart from it", -1: "below it"}
+    return [f"{said} {names}" for sign, said in words.items() if (names := shown(sign))]

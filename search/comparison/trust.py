@@ -1,0 +1,70 @@
+"""How far scores may be believed: whether they rank allocations as fine-tuning does."""
+
+import numpy as np
+
+from search.comparison.document import ComparisonDocument
+from search.comparison.statistics import Interval, rank_agreement
+from search.report.quantities import counted
+
+__all__ = ["agreement_of", "is_trusted", "trust"]
+
+# Below it scores order allocations so unlike fine-tuning that a search learns little of use.
+_LEAST_AGREEMENT = 0.6
+# Of fewer a high ρ is often chance: independent ranks of five reach 0.6 about one time in six.
+_LEAST_ALLOCATIONS = 8
+_SEED = 0
+
+
+def agreement_of(document: ComparisonDocument) -> Interval | None:
+    """Return ρ of scores and fine-tuned accuracies, ranked within budgets; None if undefined."""
+    points = document.agreement
+    return rank_agreement(
+        np.array([point.score for point in points]),
+        np.array([point.finetuned for point in points]),
+        [point.budget for point in points],
+        _SEED,
+    )
+
+
+def is_trusted(document: ComparisonDocument) -> bool:
+    """Whether anything may be concluded from scores."""
+    if len(document.agreement) < _LEAST_ALLOCATIONS:
+        return False
+    found = agreement_of(document)
+    return found is not None and found.value >= _LEAST_AGREEMENT
+
+
+def trust(document: ComparisonDocument) -> str:
+    """Say in a sentence whether anything may be concluded from scores, and why not."""
+    nothing = "nothing is concluded from them"
+    if document.fidelity == "proxy":
+        nothing = "nothing is concluded from these, which are the Hessian’s own measure, −Ω"
+    num = len(document.agreement)
+    over = counted(num, "allocation")
+    if num == 0:
+        return f"Whether scores follow the fine-tuned accuracy was not measured: {nothing}."
+    if num < _LEAST_ALLOCATIONS:
+        return (
+            f"Whether scores follow the fine-tuned accuracy was measured on {over}, fewer than "
+            f"{_LEAST_ALLOCATIONS}: {nothing}."
+        )
+    found = agreement_of(document)
+    if found is None:
+        return (
+            f"Whether scores follow the fine-tuned accuracy is not known, for over {over} one of "
+            f"the two does not vary: {nothing}."
+        )
+    value, low, high = (_two(x) for x in (found.value, found.low, found.high))
+    rho = f"Spearman’s ρ = {value}, 95 % interval {low} … {high}, over {over}"
+    if found.value < _LEAST_AGREEMENT:
+        return f"Scores do not follow the fine-tuned accuracy closely enough ({rho}): {nothing}."
+    if found.low < _LEAST_AGREEMENT:
+        return (
+            f"Scores seem to follow the fine-tuned accuracy ({rho}); the interval reaches below "
+            f"{_LEAST_AGREEMENT}, so what is said of them is provisional."
+        )
+    return f"Scores follow the fine-tuned accuracy ({rho})."
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
