@@ -11,9 +11,9 @@ Inside, an action is in [−1, 1]; RLlib stretches it to the bounds of the actio
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -46,7 +46,7 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from torch import Tensor, nn
 
-__all__ = ["DDPG", "DDPGConfig", "DDPGOptions", "ReplayBuffer", "explore"]
+__all__ = ["DDPG", "DDPGConfig", "DDPGOptions", "ReplayBuffer", "explore", "transitions"]
 
 Noise = Literal["truncated_normal", "normal"]
 Spread = Literal["none", "copy", "share"]
@@ -72,6 +72,8 @@ class DDPGOptions:
         noise_decay: Factor of ``noise_std`` an episode.
         baseline_rate: Weight of a batch's mean reward in the moving baseline that rewards are
             taken against; None for no baseline.
+        first_actions: Actions of the first episodes, a tuple of all of an episode's numbers each,
+            within the bounds of the action space; what they earn is learned from like the rest.
         spread: What a step is rewarded with: ``none``: its own reward; ``copy``: the episode's
             return, as in HAQ; ``share``: an equal part of it.
     """
@@ -89,6 +91,7 @@ class DDPGOptions:
     noise_std: float = 0.5
     noise_decay: float = 0.99
     baseline_rate: float | None = 0.5
+    first_actions: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     spread: Spread = "copy"
 
     def __post_init__(self) -> None:
@@ -191,6 +194,9 @@ class DDPGModule(TorchRLModule, InferenceOnlyAPI):
         hidden: tuple[int, ...] = self.model_config["hidden"]
         self.noise: Noise = self.model_config["noise"]
         self.noise_std = math.inf
+        self.given_actions: list[float] = []
+        self.register_buffer("low", torch.from_numpy(acted.low.ravel()), persistent=False)
+        self.register_buffer("high", torch.from_numpy(acted.high.ravel()), persistent=False)
         self.actor = nn.Sequential(_mlp(num_seen, *hidden, num_acted), nn.Tanh())
         if not self.inference_only:
             self.critic = _mlp(num_seen + num_acted, *hidden, 1)
@@ -206,6 +212,10 @@ class DDPGModule(TorchRLModule, InferenceOnlyAPI):
 
     def _forward_exploration(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
         action = self.actor(batch[Columns.OBS])
+        if self.given_actions:
+            given = action.new_tensor([self.given_actions.pop(0) for _ in range(action.numel())])
+            scaled = 2 * (given - self.low) / (self.high - self.low) - 1
+            return {Columns.ACTIONS: scaled.reshape(action.shape).clamp(-1, 1)}
         return {Columns.ACTIONS: explore(action, self.noise_std, self.noise)}
 
     def _forward_train(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -347,7 +357,12 @@ class DDPG(Algorithm):
         """Sample from every runner once, then make up for the steps with updates."""
         options = self.config.options
         self.env_runner_group.foreach_env_runner(
-            partial(_set_noise, std=options.std(self.num_episodes)), timeout_seconds=0.0
+            partial(
+                _prepare,
+                std=options.std(self.num_episodes),
+                given=options.first_actions[self.num_episodes :],
+            ),
+            timeout_seconds=0.0,
         )
         sampled = synchronous_parallel_sample(
             worker_set=self.env_runner_group,
@@ -358,7 +373,7 @@ class DDPG(Algorithm):
         episodes, results = cast(tuple[list[SingleAgentEpisode], list[dict[str, Any]]], sampled)
         self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
         for episode in episodes:
-            self.buffer.add(_transitions(episode, options.spread))
+            self.buffer.add(transitions(episode, options.spread))
             self.num_episodes += episode.is_done
         if self.num_episodes >= options.warmup_episodes and len(self.buffer):
             self._updates_due += options.updates_per_step * sum(map(len, episodes))
@@ -422,11 +437,15 @@ class DDPG(Algorithm):
         self._updates_due, self._baseline = replay["updates_due"], replay["baseline"]
 
 
-def _set_noise(runner: EnvRunner, std: float) -> None:
-    cast(DDPGModule, cast(SingleAgentEnvRunner, runner).module).noise_std = std
+def _prepare(runner: EnvRunner, std: float, given: Sequence[Sequence[float]]) -> None:
+    """Tell a runner what its next episode's noise is, or its very actions."""
+    place = max(0, runner.worker_index - 1)
+    module = cast(DDPGModule, cast(SingleAgentEnvRunner, runner).module)
+    module.noise_std = std
+    module.given_actions = list(given[place]) if place < len(given) else []
 
 
-def _transitions(episode: SingleAgentEpisode, spread: Spread) -> Arrays:
+def transitions(episode: SingleAgentEpisode, spread: Spread) -> Arrays:
     """Take an episode, or a piece of one, apart into rows for the buffer."""
     seen = np.asarray(episode.get_observations(), np.float32)
     actions = np.asarray(episode.get_actions(), np.float32)
