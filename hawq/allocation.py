@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hawq.space import Space
 
-__all__ = ["Allocation", "Bits", "by_owner"]
+__all__ = ["Allocation", "Bits", "by_group", "by_owner"]
 
 # Of a layer or a tensor, or of each of its channels.
 Bits = int | tuple[int, ...]
@@ -121,3 +121,14 @@ def by_owner(bits: Mapping[str, int]) -> dict[str, Bits]:
         else:
             raise ValueError(f"the channels of {owner} must come in order from 0, got {name}")
     return gathered
+
+
+def by_group(bits: Mapping[str, int | Sequence[int]]) -> dict[str, int]:
+    """Return what ``by_owner`` gathered, group by group."""
+    found: dict[str, int] = {}
+    for owner, b in bits.items():
+        if isinstance(b, int):
+            found[owner] = b
+        else:
+            found |= {f"{owner}[{channel}]": width for channel, width in enumerate(b)}
+    return found

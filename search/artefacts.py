@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hawq.curvature import EstimatorName
+from search.searched import AgreementArtefact, SearchesArtefact
 
 __all__ = [
     "Agreement",
@@ -319,6 +320,9 @@ class Candidate(_Artefact):
         description="No allocation within the budget has a smaller Ω; null: not proved."
     )
     evaluations: int = Field(description="Allocations that the method scored to find this one.")
+    search_seed: int | None = Field(
+        None, description="Of the search that found it, the best of several; null: no search."
+    )
     seconds: float
     order: list[list[str]] = Field(
         [],
@@ -640,7 +644,9 @@ class Summary(_Artefact):
     model: ModelArtefact
     curvature: CurvatureArtefact
     tables: TablesArtefact
+    searches: SearchesArtefact | None = Field(None, description="null: no method scores.")
     candidates: CandidatesArtefact
+    agreement: AgreementArtefact | None = Field(None, description="null: no comparison.")
     calibration: CalibrationArtefact | None = Field(
         None, description="null: a run of an earlier version."
     )

@@ -26,6 +26,10 @@ class Evaluation:
         status: Whether there is a score at all.
         reason: Why not; empty otherwise.
         bound: Under the same budget no allocation has a smaller Ω; None where that is not known.
+        proposals: Proposals since the evaluation before, this one included: more than one where a
+            search came back to what it had scored.
+        spent: CPU seconds that the process which asked spent on it: next to none where the score
+            was found on disk.
     """
 
     allocation: Allocation
@@ -36,6 +40,8 @@ class Evaluation:
     status: Literal["scored", "failed"] = "scored"
     reason: str = ""
     bound: float | None = None
+    proposals: int = 1
+    spent: float = 0.0
 
 
 Evaluate = Callable[[Allocation], Evaluation]

@@ -1,6 +1,7 @@
 """The search from end to end: a list of stages, each skipped when its artefact is there.
 
-    model → curvature → tables → candidates → calibration → (study) → trials → test → report
+    model → curvature → tables → (searches) → candidates → (agreement) → calibration → (study)
+          → trials → test → report
 
 Read ``STAGES`` and ``run``, then any file of ``search/stages/`` alone.
 """
@@ -45,8 +46,21 @@ from search.fit import refuse_impossible
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
 from search.report import write_report
+from search.searched import AgreementArtefact, SearchesArtefact
+from search.searches import EvaluationFailedError
 from search.spaces import reads_of, space_of
-from search.stages import calibration, candidates, curvature, model, study, tables, test, trials
+from search.stages import (
+    agreement,
+    calibration,
+    candidates,
+    curvature,
+    model,
+    searches,
+    study,
+    tables,
+    test,
+    trials,
+)
 from search.stages.search import Search
 from search.tables import network_costs
 from search.tasks.build import build_task
@@ -54,7 +68,7 @@ from search.tasks.checkpoint import load_weights
 from search.tasks.folded import FoldedTask, folding
 from search.trials.tracking import refuse_untrackable
 
-__all__ = ["STAGES", "STUDY", "Stage", "run", "stages_of", "trained"]
+__all__ = ["AGREEMENT", "SEARCHES", "STAGES", "STUDY", "Stage", "run", "stages_of", "trained"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +99,28 @@ STAGES = (
     Stage("trials", TrialsArtefact, trials.inputs, trials.make, uses_ray=True),
     Stage("test", TestArtefact, test.inputs, test.make, uses_ray=True),
 )
+# Before the candidates, where a method scores what it tries.
+SEARCHES = Stage("searches", SearchesArtefact, searches.inputs, searches.make, uses_ray=True)
+# After them, where searches are compared.
+AGREEMENT = Stage("agreement", AgreementArtefact, agreement.inputs, agreement.make, uses_ray=True)
 # Before the trials, where the config asks for it.
 STUDY = Stage("study", StudyArtefact, study.inputs, study.make, uses_ray=True)
 
 
 def stages_of(config: SearchConfig) -> tuple[Stage, ...]:
     """Return the stages of a search, in order."""
-    before = [stage.name for stage in STAGES].index("trials")
-    asked = (STUDY,) if config.study else ()
-    return (*STAGES[:before], *asked, *STAGES[before:])
+    asked = {
+        "candidates": (
+            (SEARCHES,) if config.searching else (),
+            (AGREEMENT,) if config.comparison else (),
+        ),
+        "trials": ((STUDY,) if config.study else (), ()),
+    }
+    found: list[Stage] = []
+    for stage in STAGES:
+        before, after = asked.get(stage.name, ((), ()))
+        found += [*before, stage, *after]
+    return tuple(found)
 
 
 def run(
@@ -283,7 +310,7 @@ def _make(search: Search, stage: Stage, inputs: dict[str, Any]) -> None:
     search.worker_cpu_seconds = 0.0
     try:
         result = stage.make(search)
-    except (NonFiniteTraceError, DivergedError, InputError) as error:
+    except (NonFiniteTraceError, DivergedError, EvaluationFailedError, InputError) as error:
         # A worker's exception carries its remote traceback; its cause carries the sentence.
         reason = str(getattr(error, "cause", error))
         search.events.emit(stage.name, "failed", reason)

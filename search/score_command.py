@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from hawq.allocation import Allocation
-from hawq.finetune.batch_norm import has_statistics
 from search.artefacts import Candidate, ModelArtefact
 from search.config_file import load_config
 from search.errors import InputError
 from search.folder import RunFolder
 from search.scores import CheapScores, Scored, ScoreSpec
-from search.spaces import fixed_bits, reads_of
+from search.scores import score_spec as configured
+from search.spaces import reads_of
 from search.tables import Tables
 from search.tasks.build import build_task
 
@@ -17,7 +17,7 @@ __all__ = ["score_candidate", "score_spec", "score_view"]
 
 
 def score_spec(run: Path, *, num_examples: int | None = None, device: str = "cpu") -> ScoreSpec:
-    """Say how the allocations of a run are scored, as its trials quantize them.
+    """Say how the allocations of a finished run are scored.
 
     Args:
         run: The run's folder, with the weights that it searched.
@@ -32,17 +32,13 @@ def score_spec(run: Path, *, num_examples: int | None = None, device: str = "cpu
         raise InputError(f"{run}: must hold the weights to score, got no {weights.name} in it")
     config = load_config(run / "config.yaml")
     task = build_task(config.task, config.seed)
-    network = task.model()
     try:
-        return ScoreSpec(
+        return configured(
+            config,
             task,
-            weights.resolve(),
-            folder=(run / "scores").resolve(),
-            fixed=fixed_bits(config, reads_of(config, task, network)),
-            schemes=config.schemes,
-            fidelity="batch_norm" if has_statistics(network) else "none",
+            reads_of(config, task, task.model()),
+            run,
             num_examples=num_examples,
-            seed=config.seed,
             device=device,
         )
     except ValueError as error:

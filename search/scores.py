@@ -23,13 +23,16 @@ from hawq.finetune import reestimate
 from hawq.finetune.batch_norm import has_statistics, statistics_batches
 from hawq.finetune.requantized import Requantized
 from hawq.quantizers import Schemes
+from hawq.reads import Reads
 from hawq.task import Batch, Task, moved
+from search.config import SearchConfig
 from search.evaluate import Evaluation, evaluation_key
 from search.folder import write_atomically
+from search.spaces import fixed_bits
 from search.tasks.checkpoint import read_state, state_sha256
 from search.trials import calibration_inputs
 
-__all__ = ["CheapScores", "ScoreSpec", "Scored"]
+__all__ = ["CheapScores", "ScoreSpec", "Scored", "score_spec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,41 @@ class ScoreSpec:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def score_spec(
+    config: SearchConfig,
+    task: Task,
+    reads: Reads,
+    run: Path,
+    *,
+    num_examples: int | None = None,
+    device: str = "cpu",
+) -> ScoreSpec:
+    """Say how the allocations of a run are scored, as its trials quantize them.
+
+    Args:
+        config: Of the run.
+        task: Built from it.
+        reads: Of its network.
+        run: The run's folder, with the weights that it searches.
+        num_examples: First examples of the search split; None: all.
+        device: Where.
+
+    Raises:
+        ValueError: If a number makes no sense.
+    """
+    return ScoreSpec(
+        task,
+        (run / "model.safetensors").resolve(),
+        folder=(run / "scores").resolve(),
+        fixed=fixed_bits(config, reads),
+        schemes=config.schemes,
+        fidelity="batch_norm" if has_statistics(task.model()) else "none",
+        num_examples=num_examples,
+        seed=config.seed,
+        device=device,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """An evaluation with what it is the mean of.
@@ -107,7 +145,8 @@ class CheapScores:
     """Scores allocations one after the other. A plain class: it needs no cluster.
 
     A score is a function of the specification and the allocation alone, whatever was scored before.
-    The network is built when the first score is asked for that is not on disk.
+    One that failed is not kept. The network is built when the first score is asked for that is not
+    on disk.
 
     Args:
         spec: How.
@@ -115,6 +154,9 @@ class CheapScores:
 
     def __init__(self, spec: ScoreSpec) -> None:
         self.spec = spec
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"spec": self.spec}  # it travels without the network
 
     def __call__(self, allocation: Allocation) -> Evaluation:
         """Score an allocation, as a searcher asks for it."""
@@ -132,10 +174,12 @@ class CheapScores:
         )
         if path is not None and path.exists():
             return self._read(path, allocation)
-        started = time.perf_counter()
+        # What else the machine does is no cost of the score; a device's work is not the process's.
+        clock = time.process_time if self.spec.device == "cpu" else time.perf_counter
+        started = clock()
         examples = self._examples(allocation)
-        scored = self._scored(allocation, examples, time.perf_counter() - started)
-        if path is not None:
+        scored = self._scored(allocation, examples, clock() - started)
+        if path is not None and scored.evaluation.status == "scored":
             write_atomically(path, json.dumps(_document(scored), allow_nan=False))
         return scored
 
@@ -188,8 +232,6 @@ class CheapScores:
     def _read(self, path: Path, allocation: Allocation) -> Scored:
         document = json.loads(path.read_text(encoding="utf-8"))
         examples = torch.tensor(document["examples"], dtype=torch.float32)
-        if document["status"] == "failed":
-            examples = torch.tensor([math.nan])
         return self._scored(allocation, examples, document["seconds"])
 
     @cached_property
@@ -248,8 +290,7 @@ def _document(scored: Scored) -> dict[str, object]:
     evaluation = scored.evaluation
     return {
         "digest": evaluation.allocation.digest,
-        "status": evaluation.status,
-        "score": evaluation.score if evaluation.status == "scored" else None,
+        "score": evaluation.score,
         "fidelity": evaluation.fidelity,
         "seed": evaluation.seed,
         "seconds": evaluation.seconds,

@@ -22,6 +22,7 @@ from search.config_file import load_config
 from search.errors import InputError
 from search.events import read_events
 from search.pipeline import STAGES, run
+from search.spaces import space_of
 from search.tasks.classification import ClassificationTask
 from search.tasks.networks import SmallResNet
 
@@ -301,10 +302,10 @@ class Summed(nn.Module):
 @pytest.mark.parametrize("by_channel", [False, True])
 def test_layers_that_are_added_share_their_bits_on_request(config, by_channel):
     reads = read_network(Summed(), torch.zeros(1, 1, 8, 8))
-    space = pipeline._space(config("weights.pin={}"), reads, by_channel=by_channel)
+    space = space_of(config("weights.pin={}"), reads, by_channel=by_channel)
     assert len(space.rows()) == len(space)
     tied = config("weights.pin={}", "weights.tie_sums=true")
-    rows = pipeline._space(tied, reads, by_channel=by_channel).rows()
+    rows = space_of(tied, reads, by_channel=by_channel).rows()
     assert rows[:2] == ([(0, 2), (1, 3)] if by_channel else [(0, 1), (2,)])
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from search.evaluate import Fidelity
-from search.searches.record import ScoredAllocation, SearchRecord
+from search.searched import AgreementPoint, HessianChoice, ScoredAllocation, SearchRecord
 
 __all__ = [
     "AgreementPoint",
@@ -20,24 +20,6 @@ __all__ = [
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class HessianChoice(_Record):
-    """What a method chose that spends no evaluation; scored afterwards, to be compared."""
-
-    method: str
-    budget: str
-    chosen: ScoredAllocation
-    cpu_seconds: float = Field(description="Of the choice, without the curvature.")
-
-
-class AgreementPoint(_Record):
-    """One allocation, scored cheaply and after fine-tuning."""
-
-    digest: str
-    budget: str = Field("", description="Ranks are compared within it.")
-    score: float
-    finetuned: float = Field(description="On the test split, in [0, 1].")
 
 
 class Finalist(_Record):

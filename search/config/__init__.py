@@ -6,6 +6,7 @@ A module is a section; ``search.config_file`` reads the whole from YAML.
 from search.config.budget import Budget
 from search.config.recipe import RecipeConfig
 from search.config.search import SearchConfig
+from search.config.searches import ComparisonConfig, SearchesConfig
 from search.config.section import suggestion
 from search.config.space import ActivationsConfig, ChannelsConfig, WeightsConfig
 from search.config.study import Choices, Interval, StudyConfig
@@ -24,11 +25,13 @@ __all__ = [
     "CalibrationConfig",
     "ChannelsConfig",
     "Choices",
+    "ComparisonConfig",
     "CurvatureConfig",
     "Interval",
     "RayConfig",
     "RecipeConfig",
     "SearchConfig",
+    "SearchesConfig",
     "StudyConfig",
     "TaskConfig",
     "TrialsConfig",

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from hawq.quantizers import Schemes
 from search.config.budget import JOINT_LIMITS, SUM_LIMITS, Budget
 from search.config.recipe import RecipeConfig
+from search.config.searches import ComparisonConfig, SearchesConfig
 from search.config.section import Positive, Section, suggestion
 from search.config.space import ActivationsConfig, ChannelsConfig, WeightsConfig
 from search.config.study import StudyConfig
@@ -39,6 +40,10 @@ class SearchConfig(Section):
         1,
         description="Random orders of uniform at a fractional number of bits. Of several, number d "
         "is trained with seed number d of trials.seeds alone, counted around.",
+    )
+    searches: SearchesConfig = SearchesConfig()
+    comparison: ComparisonConfig | None = Field(
+        None, description="null: one search of each method, and no comparison of searches."
     )
     calibration: CalibrationConfig = CalibrationConfig()
     finetune: RecipeConfig = RecipeConfig()
@@ -156,6 +161,18 @@ class SearchConfig(Section):
     def by_channel(self) -> bool:
         """Whether some method gives channels bits of their own."""
         return any(SEARCHERS[method].by_channel for method in self.methods)
+
+    @property
+    def searching(self) -> list[str]:
+        """The methods that score what they try."""
+        return [method for method in self.methods if SEARCHERS[method].needs_scores]
+
+    @property
+    def search_seeds(self) -> tuple[int, ...]:
+        """The seeds of the searches of each of them."""
+        return tuple(
+            range(self.seed, self.seed + (self.comparison.seeds if self.comparison else 1))
+        )
 
     @property
     def by_block(self) -> bool:

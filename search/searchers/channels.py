@@ -20,6 +20,7 @@ class ChannelSearcher:
     is_random: bool = False
     needs_sums: bool = True
     needs_blocks: bool = False
+    needs_scores: bool = False
 
     def front(self, tables: Tables, kind: Kind) -> Front | None:  # noqa: ARG002
         """There is none of the size of a picture: the hull has a point for every channel."""

@@ -35,6 +35,7 @@ class FrontSearcher:
     is_random: bool = False
     needs_sums: bool = False
     needs_blocks: bool = False
+    needs_scores: bool = False
 
     def front(self, tables: Tables, kind: Kind) -> Front | None:
         """Return the front over the size of all weights, or of one example's activations.

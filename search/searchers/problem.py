@@ -2,19 +2,34 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.channel_ratios import Scope, Unit
 from hawq.allocate import Budget, Front, InfeasibleBudgetsError, Verdict, milp_solution
 from hawq.allocation import Allocation
 from hawq.cost import Cost
+from hawq.ranking import RankingKey
 from hawq.space import Kind, Space
 from search.evaluate import Evaluate, Evaluation
 from search.tables import Part, Tables
 
-__all__ = ["KINDS", "Half", "Problem", "Rules", "Searcher", "halves_of", "refuse", "together"]
+__all__ = [
+    "KINDS",
+    "Effort",
+    "Half",
+    "Problem",
+    "Ratios",
+    "Reward",
+    "Rules",
+    "Searcher",
+    "halves_of",
+    "refuse",
+    "together",
+]
 
 KINDS: tuple[Kind, Kind] = ("weights", "activations")
 
@@ -30,6 +45,55 @@ class Rules:
 
     max_widths: int | None = None
     multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ratios:
+    """How the process of ratios is laid out.
+
+    Attributes:
+        ranking: Order in which channels receive their bits.
+        unit: What ratios are of.
+        scope: Whether one walk is of the network or of a layer.
+    """
+
+    ranking: RankingKey = "omega_gain"
+    unit: Unit = "channels"
+    scope: Scope = "network"
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """What a score is worth to an agent: 0.1 a point above the reference (Wang et al., 2019).
+
+    Attributes:
+        reference: Score of the network before quantization; 0 of the proxy.
+        scale: Of scores in [0, 1]; of the proxy, 1 / Ω of the least bits.
+    """
+
+    reference: float = 0.0
+    scale: float = 10.0
+
+    def __call__(self, evaluation: Evaluation) -> float:
+        """Return the reward of an evaluation."""
+        return self.scale * (evaluation.score - self.reference)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How a search is carried out: nothing of what is searched.
+
+    Attributes:
+        runners: Processes that score for it, each with an environment of its own; 0: this one.
+        cpus: Of each.
+        gpus: Of each.
+        checkpoint: File in which an agent's state is kept, and from which it goes on.
+    """
+
+    runners: int = 0
+    cpus: float = 1.0
+    gpus: float = 0.0
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +128,21 @@ class Problem:
         budgets: What no proposed allocation may exceed.
         evaluate: Scores an allocation; costs what its fidelity costs.
         rules: For channels.
+        reward: What a score is worth.
+        ratios: For searchers of ratios.
+        features: What an agent that goes from layer to layer sees of each, shape (L, F); None
+            where no such agent searches.
+        effort: How to search.
     """
 
     tables: Tables
     budgets: tuple[Budget, ...]
     evaluate: Evaluate
     rules: Rules = Rules()
+    reward: Reward = Reward()
+    ratios: Ratios = Ratios()
+    features: NDArray[np.float32] | None = None
+    effort: Effort = Effort()
 
     def fits(self, allocation: Allocation) -> bool:
         """Whether an allocation is within all budgets."""
@@ -110,6 +183,7 @@ class Searcher(Protocol):
         is_random: Whether another seed may choose otherwise.
         needs_sums: Whether each budget must be a sum, of the weights or of the activations alone.
         needs_blocks: Whether it goes by the top eigenvalues of blocks, and chooses weights alone.
+        needs_scores: Whether it scores what it tries: an agent, a sampler, a climber.
     """
 
     @property
@@ -123,6 +197,9 @@ class Searcher(Protocol):
 
     @property
     def needs_blocks(self) -> bool: ...
+
+    @property
+    def needs_scores(self) -> bool: ...
 
     def front(self, tables: Tables, kind: Kind) -> Front | None:
         """Return every point the method can offer over all sizes, where it knows them.

@@ -29,6 +29,7 @@ class UniformSearcher:
     is_random: bool = True
     needs_sums: bool = False
     needs_blocks: bool = False
+    needs_scores: bool = False
 
     def front(self, tables: Tables, kind: Kind) -> None:  # noqa: ARG002
         """There is none: the order is random."""

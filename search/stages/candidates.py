@@ -1,18 +1,21 @@
 """Stage 4: what each method chooses under each budget."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
 
 from hawq.allocate import InfeasibleBudgetError, InfeasibleBudgetsError, Verdict, lower_hull
 from hawq.allocate.front import evenly, merge_ties
+from hawq.allocation import Allocation, by_group
 from hawq.cost import average_bits, compression
 from hawq.space import Kind
 from search.artefacts import BudgetLimit, Candidate, CandidatesArtefact, Draw, FrontPoints
 from search.config import Budget, SearchConfig
 from search.errors import InputError
 from search.folder import content_hash
+from search.searched import SearchRecord
 from search.searchers import SEARCHERS, Problem, Rules, fine_tuning_order
 from search.stages.search import Search
 from search.tables import Tables
@@ -39,6 +42,8 @@ def inputs(search: Search) -> dict[str, Any]:
             key: config[key] for key in ("seed", "budgets", "methods", "channels", "uniform_draws")
         },
         "tables": content_hash(search.tables.model_dump(mode="json")),
+        # Named only where there are some: a run without them goes on with what it has.
+        **({"searches": _bests(search)} if search.config.searching else {}),
     }
 
 
@@ -54,12 +59,35 @@ def make(search: Search) -> CandidatesArtefact:
         ],
         fronts=[found for method in config.methods for found in fronts(method, tables, channels)],
         candidates=[
-            _drawn(method, budget, used, rules, config)
+            _searched(method, budget, used, search.searches)
+            if SEARCHERS[method].needs_scores
+            else _drawn(method, budget, used, rules, config)
             for budget in config.budgets
             for method in config.methods
             for used in [channels if SEARCHERS[method].by_channel else tables]
             if used is not None  # the config has tables of channels made where a method needs them
         ],
+    )
+
+
+def _bests(search: Search) -> list[list[str | int]]:
+    return [[r.method, r.budget, r.seed, r.best.digest] for r in search.searches]
+
+
+def _searched(
+    method: str, budget: Budget, used: Tables, records: Sequence[SearchRecord]
+) -> Candidate:
+    """Return the best that a method's searches found, the first of equal ones."""
+    mine = [r for r in records if (r.method, r.budget) == (method, budget.label)]
+    record = max(mine, key=lambda r: r.best.score)
+    return _candidate(
+        method,
+        budget,
+        used,
+        Allocation.of(used.space, by_group(record.bits)),
+        evaluations=len(record.evaluations),
+        seconds=record.cpu_seconds,
+        search_seed=record.seed,
     )
 
 
@@ -163,13 +191,38 @@ def candidate(
     except ValueError as error:
         raise InputError(f"{method} at {budget.label}: {error}") from error
     evaluation = max(found, key=lambda e: e.score)
-    best = evaluation.allocation
-    assert problem.fits(best), f"{method} must stay within its budget"
+    return _candidate(
+        method,
+        budget,
+        used,
+        evaluation.allocation,
+        bound=evaluation.bound,
+        evaluations=len(found),
+        seconds=time.monotonic() - started,
+        seed=seed,
+    )
+
+
+def _candidate(
+    method: str,
+    budget: Budget,
+    used: Tables,
+    best: Allocation,
+    *,
+    evaluations: int,
+    seconds: float,
+    bound: float | None = None,
+    seed: int = 0,
+    search_seed: int | None = None,
+) -> Candidate:
+    """Describe what a method chose."""
+    within = Problem(used, used.budgets(budget.limits(used.space)), used.proxy)
+    assert within.fits(best), f"{method} must stay within its budget"
     costs = {name: cost.of(used.space, best) for name, cost in used.costs.items()}
     return Candidate(
         method=method,
         budget=budget.label,
-        granularity="channel" if searcher.by_channel else "layer",
+        granularity="channel" if SEARCHERS[method].by_channel else "layer",
         digest=best.digest,
         bits=dict(zip(best.names, best.bits, strict=True)),
         costs=costs,
@@ -178,9 +231,10 @@ def candidate(
         activation_sensitivity=used.omega(best, "activations")
         if "activation_bits" in costs
         else None,
-        bound=evaluation.bound,
-        evaluations=len(found),
-        seconds=time.monotonic() - started,
+        bound=bound,
+        evaluations=evaluations,
+        search_seed=search_seed,
+        seconds=seconds,
         order=[list(block) for block in fine_tuning_order(method, used, best, seed)],
     )
 

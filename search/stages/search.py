@@ -21,6 +21,7 @@ from search.artefacts import (
 from search.config import RecipeConfig, SearchConfig
 from search.events import EventLog
 from search.folder import RunFolder
+from search.searched import SearchesArtefact, SearchRecord
 from search.spaces import fixed_bits
 from search.study import with_parameters
 from search.tasks.checkpoint import read_state, save_state
@@ -104,6 +105,13 @@ class Search:
     def tables(self) -> TablesArtefact:
         """What the tables stage left."""
         return self.folder.load("tables", TablesArtefact)[0]
+
+    @property
+    def searches(self) -> list[SearchRecord]:
+        """What the searches stage left; none where no method scores what it tries."""
+        if not self.config.searching:
+            return []
+        return self.folder.load("searches", SearchesArtefact)[0].searches
 
     @property
     def candidates(self) -> list[Candidate]:

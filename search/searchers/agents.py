@@ -1,0 +1,60 @@
+"""RLlib's agents as drivers of a decision process."""
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+from search.evaluate import Evaluation
+from search.searchers.processes import MOST_REPEATS, Drive, Process
+
+if TYPE_CHECKING:
+    from search.agents.ddpg import DDPGOptions
+    from search.agents.rllib import AgentName
+
+__all__ = ["agent"]
+
+# DDPG's exploration ends at this share of an action's range, whatever the evaluations: NNCF lets
+# the decay follow the length of the search in steps of a table.
+_LAST_STD = 0.02
+
+
+def agent(name: "AgentName") -> Drive:
+    """Return the driver that lets an agent play: DDPG is ours, the others are RLlib's."""
+
+    def drive(
+        process: Process, *, starts: Sequence[Sequence[float]], evaluations: int, seed: int
+    ) -> Generator[Evaluation]:
+        from search.agents.rllib import run_agent  # noqa: PLC0415 (RLlib takes seconds)
+
+        if starts and name != "ddpg":
+            raise ValueError(f"{name} cannot be started from allocations, got {len(starts)}")
+        effort = process.problem.effort
+        ends = run_agent(
+            name,
+            process,
+            episodes=MOST_REPEATS * evaluations,
+            seed=seed,
+            num_runners=effort.runners,
+            cpus_per_runner=effort.cpus,
+            gpus_per_runner=effort.gpus,
+            checkpoint=effort.checkpoint,
+            fingerprint=process.problem.tables.space.fingerprint,
+            options=_ddpg(evaluations) if name == "ddpg" else None,
+        )
+        for played in ends:
+            for end in played:
+                yield end.info["evaluation"]
+
+    return drive
+
+
+def _ddpg(evaluations: int) -> "DDPGOptions":
+    """Return HAQ's numbers, with a noise that ends with the evaluations."""
+    from search.agents.ddpg import DDPGOptions  # noqa: PLC0415
+
+    own = DDPGOptions()
+    warmup = min(own.warmup_episodes, max(1, evaluations // 4))
+    rest = max(1, evaluations - warmup)
+    return DDPGOptions(
+        warmup_episodes=warmup,
+        noise_decay=(_LAST_STD / own.noise_std) ** (1 / rest),
+    )

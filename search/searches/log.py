@@ -1,0 +1,62 @@
+"""A search's evaluations on disk, a line each as they come."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hawq.allocation import Allocation
+from hawq.space import Space
+from search.searched import ScoredAllocation
+
+__all__ = ["EvaluationLog"]
+
+
+class EvaluationLog:
+    """A search's evaluations on disk, one a line after a first line of what they depend on.
+
+    A line that was cut short by a crash, and lines made from something else, count as not there.
+
+    Args:
+        path: The file.
+        inputs: Hash of everything that the evaluations depend on.
+        space: What they choose from.
+    """
+
+    def __init__(self, path: Path, inputs: str, space: Space) -> None:
+        self.path = path
+        self._space, self._names, self._fingerprint = space, space.names, space.fingerprint
+        header = json.dumps({"inputs": inputs, "space": self._fingerprint})
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        kept = lines[1:-1] if lines and lines[0] == header else []
+        if not lines or lines[0] != header or lines[-1]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{line}\n" for line in [header, *kept]), encoding="utf-8")
+        self.found: list[ScoredAllocation] = []
+        self.episodes = 0
+        self._digits: list[str] = []
+        for line in kept:
+            self._read(json.loads(line))
+
+    def _read(self, line: Mapping[str, object]) -> None:
+        entry = dict(line)
+        self.episodes += int(str(entry.pop("proposals")))
+        self._digits.append(str(entry.pop("bits")))
+        self.found.append(ScoredAllocation.model_validate(entry))
+
+    def add(self, found: ScoredAllocation, allocation: Allocation, proposals: int) -> None:
+        """Append an evaluation."""
+        # A digit a group: no width is above 8.
+        more = {"proposals": proposals, "bits": "".join(map(str, allocation.bits))}
+        line = found.model_dump() | more
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._read(line)
+
+    def allocation(self, index: int) -> Allocation:
+        """Return an evaluation's allocation."""
+        bits = tuple(map(int, self._digits[index]))
+        return Allocation(self._names, bits, self._fingerprint)
+
+    def __iter__(self) -> Iterator[tuple[ScoredAllocation, Allocation]]:
+        for index, found in enumerate(self.found):
+            yield found, self.allocation(index)

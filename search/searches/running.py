@@ -1,0 +1,227 @@
+"""One search after another, or as many at once as there are CPUs."""
+
+import json
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ray
+import torch
+
+from hawq.allocation import Allocation, by_owner
+from search.evaluate import Evaluation
+from search.folder import write_atomically
+from search.searched import ScoredAllocation, SearchRecord
+from search.searchers import SEARCHERS, Problem
+from search.searches.evaluator import EvaluationFailedError, Retried
+from search.searches.log import EvaluationLog
+
+__all__ = ["SearchSpec", "read_record", "run_search", "run_searches"]
+
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpec:
+    """A search, and where it is kept.
+
+    Attributes:
+        method: Its name.
+        budget: The label of the budget.
+        seed: Of everything random.
+        evaluations: Distinct allocations that it may score.
+        folder: ``evaluations.jsonl``, ``record.json``, ``failures.jsonl`` and an agent's state.
+        inputs: Hash of everything that it depends on.
+    """
+
+    method: str
+    budget: str
+    seed: int
+    evaluations: int
+    folder: Path
+    inputs: str
+
+    @property
+    def log(self) -> Path:
+        """The file of its evaluations."""
+        return self.folder / "evaluations.jsonl"
+
+    @property
+    def record(self) -> Path:
+        """The file of its result."""
+        return self.folder / "record.json"
+
+    @property
+    def num_done(self) -> int:
+        """Evaluations on disk."""
+        if not self.log.exists():
+            return self.evaluations if self.record.exists() else 0
+        with self.log.open("rb") as file:
+            return max(0, sum(1 for _ in file) - 1)
+
+
+def read_record(spec: SearchSpec) -> SearchRecord | None:
+    """Return a search's result; None where it has none, or one of other inputs."""
+    if not spec.record.exists():
+        return None
+    kept = SearchRecord.model_validate_json(spec.record.read_text(encoding="utf-8"))
+    return kept if kept.inputs == spec.inputs else None
+
+
+def run_search(spec: SearchSpec, problem: Problem) -> SearchRecord:
+    """Search, or go on where the folder stands. Needs no cluster without runners, but for RLlib.
+
+    Args:
+        spec: The search.
+        problem: What is searched.
+
+    Raises:
+        EvaluationFailedError: If a score fails here and elsewhere.
+        ValueError: If there is nothing to choose.
+    """
+    kept = read_record(spec)
+    if kept is not None:
+        return kept
+    log = EvaluationLog(spec.log, spec.inputs, problem.tables.space)
+    if not log.found:  # an agent that knows another search's allocations is another agent
+        (spec.folder / "agent").unlink(missing_ok=True)
+    failures = spec.folder / "failures.jsonl"
+    effort = replace(problem.effort, checkpoint=spec.folder / "agent")
+    evaluate = Retried(problem.evaluate, failures, cpus=effort.cpus, gpus=effort.gpus)
+    problem = replace(problem, evaluate=evaluate, effort=effort)
+    searcher = SEARCHERS[spec.method]
+    known = {found.digest for found in log.found}
+    spent = log.found[-1].seconds if log.found else 0.0
+    began = time.process_time()
+    with closing(_searched(searcher.search, problem, spec)) as evaluations:
+        for evaluation in evaluations:
+            # Agents go on, samplers begin again and find what they scored: nothing is paid twice.
+            if evaluation.allocation.digest in known:
+                continue
+            known.add(evaluation.allocation.digest)
+            # A score is charged what it cost when it was computed, whoever computed it.
+            here = 0.0 if effort.runners else evaluation.spent
+            spent += time.process_time() - began - here + evaluation.seconds
+            began = time.process_time()
+            log.add(
+                _scored(problem, evaluation, spent), evaluation.allocation, evaluation.proposals
+            )
+            if len(log.found) >= spec.evaluations:
+                break
+    record = _record(spec, log, _reasons(failures))
+    write_atomically(spec.record, record.model_dump_json())
+    (spec.folder / "agent").unlink(missing_ok=True)
+    return record
+
+
+def _searched(
+    search: Callable[..., Iterable[Evaluation]], problem: Problem, spec: SearchSpec
+) -> Generator[Evaluation]:
+    """Make something that can be closed of whatever a searcher returns."""
+    yield from search(problem, evaluations=spec.evaluations, seed=spec.seed)
+
+
+def _scored(problem: Problem, evaluation: Evaluation, seconds: float) -> ScoredAllocation:
+    tables, allocation = problem.tables, evaluation.allocation
+    costs = {name: cost.of(tables.space, allocation) for name, cost in tables.costs.items()}
+    return ScoredAllocation(
+        digest=allocation.digest,
+        score=evaluation.score,
+        seconds=seconds,
+        weight_bits=costs["weight_bits"],
+        activation_bits=costs.get("activation_bits"),
+        sensitivity=tables.omega(allocation),
+    )
+
+
+def _record(spec: SearchSpec, log: EvaluationLog, failures: list[str]) -> SearchRecord:
+    best = max(range(len(log.found)), key=lambda i: log.found[i].score)
+    allocation: Allocation = log.allocation(best)
+    short = len(log.found) < spec.evaluations
+    return SearchRecord(
+        method=spec.method,
+        budget=spec.budget,
+        seed=spec.seed,
+        evaluations=log.found,
+        num_starts=min(len(log.found), len(getattr(SEARCHERS[spec.method], "starts", ()))),
+        episodes=log.episodes,
+        cpu_seconds=log.found[-1].seconds,
+        failures=failures,
+        reason="it proposed nothing new any more" if short else "",
+        bits={
+            owner: b if isinstance(b, int) else list(b)
+            for owner, b in by_owner(
+                dict(zip(allocation.names, allocation.bits, strict=True))
+            ).items()
+        },
+        inputs=spec.inputs,
+    )
+
+
+def _reasons(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [f"{told['digest']}: {told['reason']}" for told in map(json.loads, lines)]
+
+
+def run_searches(
+    specs: Sequence[SearchSpec],
+    problems: Mapping[tuple[str, bool], Problem],
+    *,
+    cpus: float,
+    gpus: float,
+    progress: Callable[[int, int], None] = lambda *_: None,
+    finished: Callable[[SearchRecord], None] = lambda _: None,
+) -> list[SearchRecord]:
+    """Run searches on the cluster, as many at once as fit.
+
+    Args:
+        specs: The searches.
+        problems: By the label of the budget and whether channels are searched.
+        cpus: Of a search that scores in its own process.
+        gpus: Likewise.
+        progress: Told how many evaluations are done, of how many.
+        finished: Given each record as it comes.
+
+    Returns:
+        In the order of ``specs``.
+
+    Raises:
+        EvaluationFailedError: If a score of one of them fails for good; the others are stopped.
+    """
+    shared = {key: ray.put(problem) for key, problem in problems.items()}
+    total = sum(spec.evaluations for spec in specs)
+    pending = {}
+    for i, spec in enumerate(specs):
+        key = (spec.budget, SEARCHERS[spec.method].by_channel)
+        scores_here = not problems[key].effort.runners
+        # With runners of its own, a search does little itself.
+        remote = _run_search.options(
+            name=f"search:{spec.method}",
+            num_cpus=cpus if scores_here else 0.1,
+            num_gpus=gpus if scores_here else 0,
+        )
+        pending[remote.remote(spec, shared[key], cpus)] = i
+    records: dict[int, SearchRecord] = {}
+    try:
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
+            for reference in ready:
+                i = pending.pop(reference)
+                records[i] = SearchRecord.model_validate(ray.get(reference))
+                finished(records[i])
+            progress(sum(spec.num_done for spec in specs), total)
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", error)
+        raise EvaluationFailedError(str(cause).strip().splitlines()[-1]) from error
+    finally:
+        for reference in pending:
+            ray.cancel(reference, force=True)
+    return [records[i] for i in range(len(specs))]
+
+
+@ray.remote(max_retries=3)
+def _run_search(spec: SearchSpec, problem: Problem, cpus: float) -> dict[str, object]:
+    torch.set_num_threads(max(1, int(cpus)))
+    return run_search(spec, problem).model_dump()
