@@ -69,8 +69,8 @@ class FailsAtFirst(Answers):
     """Raises the first time that each process has a reward to give."""
 
     def _fail(self):
-        if "answers_failed" not in os.environ:
-            os.environ["answers_failed"] = "1"
+        if "ANSWERS_FAILED" not in os.environ:
+            os.environ["ANSWERS_FAILED"] = "1"
             raise OSError("no space left on this planet")
 
 
@@ -95,14 +95,14 @@ def test_every_agent_reports_each_episode_once(name):
         assert end.info["nested"] == {"one": 1}
 
 
-def test_two_runners_lose_and_double_nothing(tmp_path):
+def test_two_runners_lose_and_double_nothing_and_end_when_closed(tmp_path):
     log = tmp_path / "played"
     make_env = partial(Answers, log=log)
-    iterations = list(
-        run_agent(
-            "ddpg", make_env, episodes=24, seed=0, num_runners=2, cpus_per_runner=0.5, options=SMALL
-        )
+    playing = run_agent(
+        "ddpg", make_env, episodes=99, seed=0, num_runners=2, cpus_per_runner=0.5, options=SMALL
     )
+    iterations = [next(playing) for _ in range(12)]
+    playing.close()
     ends = [end for iteration in iterations for end in iteration]
     assert [[end.runner for end in iteration] for iteration in iterations] == [[1, 2]] * 12
     assert [end.episode for end in ends if end.runner == 2] == list(range(12))
@@ -111,6 +111,7 @@ def test_two_runners_lose_and_double_nothing(tmp_path):
     assert sorted(played) == sorted(str(end.info["pid"]) for end in ends)
     assert len(set(played)) == 2
     assert str(os.getpid()) not in played
+    assert all(gone(int(pid)) for pid in set(played))
 
 
 def test_ddpg_finds_the_answers():
@@ -139,19 +140,25 @@ def test_a_stopped_agent_goes_on_as_if_it_had_not_been_stopped(name, tmp_path):
     assert not flat(run(episodes=60, checkpoint=tmp_path / "agent"))
 
 
-@pytest.mark.parametrize("name", ["ddpg", "sac", "ppo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ddpg",
+        pytest.param("sac", marks=pytest.mark.slow),
+        pytest.param("ppo", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_runner_is_replaced(name):
     iterations = run_agent(
-        name, Answers, episodes=60, seed=0, num_runners=2, cpus_per_runner=0.5, options=SMALL
+        name, Answers, episodes=99, seed=0, num_runners=2, cpus_per_runner=0.5, options=SMALL
     )
     ends = list(next(iterations))
-    killed = ends[0].info["pid"]
-    os.kill(killed, signal.SIGKILL)
+    os.kill(ends[0].info["pid"], signal.SIGKILL)
     ends += flat(iterations)
-    assert len(ends) >= 60
+    assert len(ends) >= 99
     assert len(set(answers(ends))) == len(ends)
-    assert {end.info["pid"] for end in ends if end.runner == 2} == {ends[-1].info["pid"]}
     assert len({end.info["pid"] for end in ends if end.runner == 1}) == 2
+    assert len({end.info["pid"] for end in ends if end.runner == 2}) == 1
 
 
 @pytest.mark.parametrize("num_runners", [0, 1])
@@ -165,21 +172,12 @@ def test_an_environment_that_always_raises_is_heard(num_runners):
 
 
 def test_an_environment_that_raises_once_loses_no_episode(monkeypatch, tmp_path):
-    monkeypatch.delenv("answers_failed", raising=False)
+    monkeypatch.delenv("ANSWERS_FAILED", raising=False)
     make_env = partial(FailsAtFirst, fails=True, log=tmp_path / "played")
     ends = flat(run_agent("ddpg", make_env, episodes=6, seed=0, options=SMALL))
     undisturbed = flat(run_agent("ddpg", Answers, episodes=6, seed=0, options=SMALL))
     assert answers(ends) == answers(undisturbed)
     assert len((tmp_path / "played").read_text().split()) == 7
-
-
-def test_closing_stops_the_runners():
-    iterations = run_agent(
-        "ddpg", Answers, episodes=99, seed=0, num_runners=1, cpus_per_runner=0.5, options=SMALL
-    )
-    pid = next(iterations)[0].info["pid"]
-    iterations.close()
-    assert gone(pid)
 
 
 def gone(pid: int) -> bool:

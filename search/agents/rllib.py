@@ -100,6 +100,8 @@ def run_agent(
     if not ray.is_initialized():
         raise ValueError("ray must be up before an agent runs: see search.cluster.connected")
     spaces = _spaces(make_env)
+    if name == "ddpg":
+        options = options or DDPGOptions()
     identity = f"agent {name}, seed {seed}, {options}, {fingerprint or 'no fingerprint'}, " + (
         f"observations {spaces[0]}, actions {spaces[1]}"
     )
