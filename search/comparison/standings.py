@@ -18,7 +18,7 @@ from search.comparison.families import family, is_by_layer, needs_curvature
 __all__ = ["Standing", "hessian_beside", "spent", "standings"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Standing:
     """A method under a budget.
 
