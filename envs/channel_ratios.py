@@ -59,7 +59,8 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
     narrowest, a step each but for the narrowest, which takes what is left. A step gives its width
     to the next rows of the ranking; how many can take it at most is known from the budget, with
     all the rest at its narrowest. A row whose menu lacks the width takes the next narrower one
-    that it has, else its narrowest. A row of one width, such as a pinned one, is not walked.
+    that it has, else its narrowest; a width that would thus change nothing is no step. A row of one
+    width, such as a pinned one, is not walked.
 
     ===========  ===================================================================================
     Action       ``Box(0, 1, (1,))``: the fraction, of the rows that can take this width, that does;
@@ -250,7 +251,7 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
         episode.step, episode.action = episode.step + 1, fraction
 
     def _bits(self, episode: "_Episode") -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return every group's bits, what is open at its narrowest, and which are not open."""
+        """Return every group's bits, which mean something where they are assigned, and where."""
         bits, assigned = self._narrowest.copy(), np.ones(len(self._space), np.bool_)
         for walk, cuts in zip(self._walks, episode.cuts, strict=True):
             steps, known = walk.steps_of(cuts)
@@ -349,12 +350,10 @@ class _Walk:
         return int(self.amount[cut] - self.amount[begin]) / span if span else 0.0
 
     def steps_of(self, cuts: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return the width of each row, what is open at the last, and which rows are not open."""
+        """Return at which step each row receives its bits, and which have them."""
         every = np.arange(len(self.bits))
         steps = np.searchsorted(np.array(cuts[1:], np.int64), every, side="right")
-        is_open = every >= cuts[-1]
-        steps[is_open] = len(self.widths) - 1
-        return steps, ~is_open | (len(cuts) == len(self.widths))
+        return steps, (every < cuts[-1]) | (len(cuts) == len(self.widths))
 
     def cuts_of(self, bits: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the cuts, shape (W − 1,), that give these bits, or as much of each width."""

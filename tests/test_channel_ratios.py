@@ -348,14 +348,15 @@ def test_tables_that_cannot_be_walked_are_refused():
     arguments = make_arguments(space)
     (part,) = arguments["parts"]
 
-    def refused(message, cost=part.cost, order=part.order, copies=1):
-        changed = Ranked(space, part.groups, cost, part.limit, part.sensitivity, order)
+    def refused(message, cost=part.cost, order=part.order, groups=part.groups, copies=1):
+        changed = Ranked(space, groups, cost, part.limit, part.sensitivity, order)
         with pytest.raises(ValueError, match=message):
             ChannelRatios(**arguments | {"parts": [changed] * copies})
 
     refused(r"w:l0\[0\]: cost must not fall with the width", cost=part.cost[:, ::-1])
     refused("order must hold each of 3 rows once", order=np.array([0, 1, 1]))
     refused("groups once, got 6", copies=2)
+    refused("each of the space's 3 groups", groups=np.array([1, 0, 2]))
 
 
 def test_misuse_is_named():

@@ -95,6 +95,8 @@ def test_tied_layers_receive_their_bits_in_one_step():
     )
     assert env.allocation_of([1, 1]).bits == (8, 2, 8)
     assert env.allocation_of([0.5, 1]).bits == (4, 4, 4)
+    assert env.actions_of(Allocation.of(space, [8, 2, 8])) == [5 / 6, 1 / 2]
+    assert env.actions_of(Allocation.of(space, [4, 4, 4])) == [1 / 2, 3 / 4]
 
 
 def test_without_a_budget_everything_is_affordable():
@@ -175,6 +177,28 @@ def test_features_tell_what_layers_are():
     np.testing.assert_array_equal(found[:, 8], [0] * 4 + [1] * 4)
     with pytest.raises(ValueError, match="layers or tensors of the network, got w:other"):
         layer_features(Space((Group("w:other", 1, 1, (2, 4)),)), reads)
+
+
+class Twice(nn.Module):
+    """Two convolutions read one tensor, and the wide one reads what it computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(4, 4, 5, padding=2)
+        self.narrow = nn.Conv2d(4, 6, 1)
+
+    def forward(self, x):
+        first, second = self.wide(x), self.narrow(x)
+        return self.wide(first[..., ::2, ::2]).sum() + second.sum()
+
+
+def test_a_tensor_is_described_by_its_first_reader_and_a_layer_by_its_first_call():
+    reads = read_network(Twice(), torch.zeros(1, 4, 8, 8))
+    found = layer_features(network_space(reads, [2, 4], [4, 8]), reads)
+    wide, narrow, shared, again = found[:, [2, 4, 6]].tolist()
+    # Output channels, kernel and positions; that tensor alone has 4 × 4 of them.
+    assert (wide, narrow) == ([0, 1, 1], [1, 0, 1])
+    assert (shared, again) == ([0, 1, 1], [0, 1, 0])
 
 
 def test_tied_layers_are_described_by_their_average():

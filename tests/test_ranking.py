@@ -71,12 +71,21 @@ def test_equal_rows_stand_as_they_stood_and_rows_of_one_width_come_last():
     assert ranking(space, "trace", traces=traces, sensitivity=table).tolist() == [0, 3, 1, 2]
 
 
+@pytest.mark.parametrize("key", ["omega_gain", "trace"])
+def test_many_equal_rows_stand_as_they_stood(key):
+    space = make_space([5] * 300)
+    order = ranking(space, key, traces=np.ones(300), sensitivity=omega(space, np.ones(300), 1))
+    assert order.tolist() == list(range(300))
+
+
 def test_tied_groups_are_ranked_as_one_by_their_average():
     space = make_space([10, 1, 30], ties=["t", None, "t"])
-    traces = np.array([80.0, 1.0, 0.0])
-    table = omega(space, traces, np.ones(3))
-    assert ranking(space, "trace", traces=traces, sensitivity=table).tolist() == [0, 1]
+    traces = np.array([80.0, 3.0, 0.0])  # 80 over 40 elements, and 3 over one
+    table = np.array([[9.0, 5, 1], [1, 1, 0], [9, 1, 1]])  # falls by 16 over 40, and by 1 over one
+    assert ranking(space, "trace", traces=traces, sensitivity=table).tolist() == [1, 0]
     assert ranking(space, traces=traces, sensitivity=table).tolist() == [1, 0]
+    table[2] = [99.0, 5, 1]  # now by 106
+    assert ranking(space, traces=traces, sensitivity=table).tolist() == [0, 1]
 
 
 def test_what_cannot_be_ranked_is_refused():
