@@ -195,8 +195,8 @@ class DDPGModule(TorchRLModule, InferenceOnlyAPI):
         self.noise: Noise = self.model_config["noise"]
         self.noise_std = math.inf
         self.given_actions: list[float] = []
-        self.register_buffer("low", torch.from_numpy(acted.low.ravel()), persistent=False)
-        self.register_buffer("high", torch.from_numpy(acted.high.ravel()), persistent=False)
+        self.register_buffer("low", torch.tensor(acted.low.ravel()), persistent=False)
+        self.register_buffer("high", torch.tensor(acted.high.ravel()), persistent=False)
         self.actor = nn.Sequential(_mlp(num_seen, *hidden, num_acted), nn.Tanh())
         if not self.inference_only:
             self.critic = _mlp(num_seen + num_acted, *hidden, 1)
