@@ -75,7 +75,7 @@ class TestAlgorithm:
             hidden=(64,), actor_lr=1e-3, gamma=0.0, noise="normal", noise_std=0.1, spread="none"
         )
         algorithm = build(options)
-        for _ in range(300):
+        for _ in range(200):
             algorithm.train()
         algorithm.stop()
         answers = [-1.5, -0.5, 0.0, 0.5, 1.5]
