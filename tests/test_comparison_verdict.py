@@ -165,3 +165,306 @@ def make_differences(
         for second in found[i + 1 :]
         if first["budget"] == second["budget"]
     ]
+
+
+def difference(first: str, second: str, low: float, high: float) -> dict[str, Any]:
+    """Make up a difference of two finalists in the middle of its interval."""
+    ends = {"difference": (low + high) / 2, "low": low, "high": high}
+    return {"budget": "3 bits", "first": first, "second": second, "num_seeds": 3, **ends}
+
+
+def said(start: str, document: ComparisonDocument) -> str:
+    """Return the one sentence of the verdict that begins like this."""
+    found = [sentence for sentence in verdict(document) if sentence.startswith(start)]
+    assert len(found) == 1, verdict(document)
+    return found[0]
+
+
+NOTHING = "nothing is concluded from them"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_agreement": 0},
+            f"Whether scores follow the fine-tuned accuracy was not measured: {NOTHING}.",
+        ),
+        (
+            {"num_agreement": 7},
+            "Whether scores follow the fine-tuned accuracy was measured on 7 allocations, fewer "
+            f"than 8: {NOTHING}.",
+        ),
+        (
+            {"agreement": [{"digest": f"{i}", "score": 0.5, "finetuned": i} for i in range(9)]},
+            "Whether scores follow the fine-tuned accuracy is not known, for over 9 allocations "
+            f"one of the two does not vary: {NOTHING}.",
+        ),
+        (
+            {"num_agreement": 0, "fidelity": "proxy"},
+            f"Whether scores follow the fine-tuned accuracy was not measured: {NOTHING}. They are "
+            "−Ω, the Hessian’s own measure: its choices are the best, or nearly, by construction.",
+        ),
+    ],
+)
+def test_a_score_that_nothing_vouches_for_is_said_to_be_so_first(changes, expected):
+    told = verdict(make_comparison(**changes))
+    assert told[0] == expected
+    assert not [
+        sentence for sentence in told if "by score" in sentence or "searches of" in sentence
+    ]
+    assert not [sentence for sentence in told if "from the Hessian" in sentence]
+
+
+@pytest.mark.parametrize(
+    ("noise", "start", "end"),
+    [
+        (0.002, "Scores follow the fine-tuned accuracy (Spearman’s ρ = 1.00, ", "12 allocations)."),
+        (0.025, "Scores seem to follow the fine-tuned accuracy (", "of them is provisional."),
+        (0.09, "Scores do not follow the fine-tuned accuracy closely enough (", f"{NOTHING}."),
+    ],
+)
+def test_the_agreement_decides_whether_scores_are_believed(noise, start, end):
+    document = make_comparison(agreement_noise=noise)
+    told = verdict(document)
+    assert told[0].startswith(start)
+    assert told[0].endswith(end)
+    rho = agreement_of(document)
+    assert rho is not None
+    assert f"ρ = {rho.value:.2f}, 95 % interval" in told[0]
+    assert any("by score" in sentence for sentence in told) is (rho.value >= 0.6)
+
+
+def test_an_agreement_that_is_only_one_of_sizes_is_none():
+    """Under each budget scores and accuracies are opposed; over both they go together."""
+    points = [
+        {"digest": f"{i}", "budget": b, "score": 0.1 * i + lift, "finetuned": lift - 0.1 * i}
+        for b, lift in (("3 bits", 0.0), ("4 bits", 5.0))
+        for i in range(6)
+    ]
+    rho = agreement_of(make_comparison(agreement=points))
+    assert rho is not None
+    assert rho.value == -1
+
+
+def test_prices_are_told_beside_the_hessians():
+    assert said("A search took", make_comparison()) == (
+        "A search took 120 evaluations and 3,090 to 3,930 core-seconds, medians over seeds; the "
+        "Hessian’s choice took no evaluation and 214 core-seconds, the curvature included."
+    )
+
+
+def test_without_hessian_methods_there_is_nothing_beside_the_price():
+    told = said("A search took", make_comparison(hessian=[]))
+    assert told.endswith("medians over seeds; no Hessian method is beside it.")
+
+
+def test_a_comparison_without_searches_says_so():
+    assert "No search has finished." in verdict(make_comparison(methods=()))
+
+
+def test_the_search_that_ends_highest_is_told_apart_from_others_or_not():
+    assert said("At 3 bits the searches", make_comparison()) == (
+        "At 3 bits the searches of tpe end highest, at 86.59 % in the median: above haq, random "
+        "and warm-cw-hawq, not told apart from cw-hawq."
+    )
+
+
+def test_fewer_than_ten_searches_are_not_compared():
+    told = verdict(make_comparison(methods=("cw-hawq", "tpe", "random"), num_seeds=9))
+    assert [s for s in told if "seeds" in s and "claimed" in s] == [
+        "Nothing is claimed of the searches of cw-hawq, tpe and random: fewer than 10 seeds."
+    ]
+    assert not [s for s in told if "by score" in s or "end highest" in s or "from the Hessian" in s]
+
+
+def test_searches_are_compared_with_the_hessians_choice_of_the_same_things():
+    told = verdict(make_comparison())
+    assert (
+        "At 3 bits, beside channel by score: above it tpe (+0.29 points), cw-hawq (+0.19 points) "
+        "and warm-cw-hawq (+0.17 points); below it random (−1.00 points)."
+    ) in told
+    assert "At 3 bits, beside exact by score: below it haq (−0.43 points)." in told
+
+
+def test_the_hessians_choice_is_the_one_of_least_omega_not_of_highest_score():
+    document = make_comparison()
+    other = document.hessian[1].model_copy(
+        update={
+            "method": "hawq-v2",
+            "chosen": document.hessian[1].chosen.model_copy(
+                update={"score": 0.99, "sensitivity": 2.5}
+            ),
+        }
+    )
+    document = document.model_copy(update={"hessian": [other, *document.hessian]})
+    found = standings(document)
+    beside = {s.method: hessian_beside(found, s) for s in found if s.searches}
+    assert {m: b.method for m, b in beside.items() if b} == {
+        "cw-hawq": "channel",
+        "haq": "exact",
+        "tpe": "channel",
+        "random": "channel",
+        "warm-cw-hawq": "channel",
+    }
+
+
+def test_a_warm_start_is_worth_the_evaluations_that_it_saves():
+    assert said("At 3 bits cw-hawq takes", make_comparison()) == (
+        "At 3 bits cw-hawq takes 43 evaluations for what warm-cw-hawq has after 2 from the Hessian."
+    )
+
+
+def test_a_start_that_is_never_reached_is_said_to_be():
+    document = make_comparison(methods=("cw-hawq", "warm-cw-hawq"), length=10)
+    searches = [
+        s.model_copy(update={"evaluations": s.evaluations[:5]}) if s.method == "cw-hawq" else s
+        for s in document.searches
+    ]
+    assert said("At 3 bits cw-hawq does", document.model_copy(update={"searches": searches})) == (
+        "At 3 bits cw-hawq does not reach, in 5 evaluations, what warm-cw-hawq has after 2 from "
+        "the Hessian."
+    )
+
+
+def test_accuracy_is_not_compared_before_it_is_measured():
+    assert verdict(make_comparison(finalists=False))[-2:] == [
+        "No method’s best has been fine-tuned and tested: accuracy, which has the last word, is "
+        "not compared.",
+        "Whether reinforcement learning is worth its price is therefore not answered.",
+    ]
+
+
+def test_finalists_are_above_below_the_same_or_not_told_apart():
+    document = make_comparison(
+        differences=[
+            difference("channel", "cw-hawq", -0.006, -0.002),
+            difference("tpe", "channel", -0.001, 0.002),
+            difference("random", "channel", -0.007, -0.003),
+        ]
+    )
+    same = [
+        f.model_copy(update={"digest": "channel 3 bits"}) if f.method == "warm-cw-hawq" else f
+        for f in document.finalists
+    ]
+    told = verdict(document.model_copy(update={"finalists": same}))
+    assert (
+        "Fine-tuned, at 3 bits, beside channel: above it cw-hawq (+0.40 points, 95 % interval "
+        "+0.20 … +0.60); not told apart from it tpe; below it random (−0.50 points, 95 % interval "
+        "−0.70 … −0.30); the same allocation warm-cw-hawq."
+    ) in told
+    assert "Fine-tuned, at 3 bits, beside exact: without a seed in common haq." in told
+
+
+def test_finalists_without_one_of_the_hessians_are_not_compared():
+    document = make_comparison(methods=("tpe",))
+    alone = [f for f in document.finalists if f.method == "tpe"]
+    told = verdict(document.model_copy(update={"finalists": alone}))
+    assert told[-1] == "No search’s finalist has one of the Hessian’s to be compared with."
+
+
+def test_reinforcement_learning_that_gains_nothing_is_said_to_be_unproved():
+    assert verdict(make_comparison())[-1] == (
+        "Nothing here shows reinforcement learning to be worth its price: no agent’s finalist is "
+        "above the Hessian’s by more than the error, at 3,720 to 3,930 core-seconds a search (a "
+        "finalist is the best of 12), beside the Hessian’s 214."
+    )
+
+
+def test_reinforcement_learning_that_gains_is_credited_and_so_is_what_does_as_well():
+    gained = difference("cw-hawq", "channel", 0.002, 0.006)
+    alike = difference("tpe", "cw-hawq", -0.002, 0.002)
+    worse = difference("random", "cw-hawq", -0.006, -0.002)
+    methods = ("cw-hawq", "tpe", "random")
+    told = verdict(make_comparison(methods=methods, differences=[gained, alike, worse]))
+    assert told[-2:] == [
+        "Reinforcement learning gained accuracy on the Hessian: cw-hawq at 3 bits (+0.40 points), "
+        "at 3,930 core-seconds a search (a finalist is the best of 12), beside the Hessian’s 214.",
+        "At 3 bits cw-hawq is not above tpe, without learning, by more than the error.",
+    ]
+    told = verdict(make_comparison(methods=methods, differences=[gained, worse]))
+    assert told[-1].startswith("Reinforcement learning gained accuracy")
+
+
+def test_without_agents_nothing_is_said_of_them():
+    told = verdict(make_comparison(methods=("tpe", "random")))
+    assert not [sentence for sentence in told if "einforcement" in sentence]
+
+
+def test_scores_by_proxy_are_written_as_they_are():
+    document = make_comparison(fidelity="proxy")
+    assert "−Ω" not in said("At 3 bits the searches", document)
+    assert "at 0.866 in the median" in said("At 3 bits the searches", document)
+    assert "haq (−0.00431)" in " ".join(verdict(document))
+
+
+@pytest.mark.parametrize(
+    ("method", "chooser", "by_layer", "curvature"),
+    [
+        ("uniform", "reference", True, False),
+        ("exact", "hessian", True, True),
+        ("channel", "hessian", False, True),
+        ("cw-hawq", "agent", False, True),
+        ("haq", "agent", True, False),
+        ("warm-haq", "agent", True, True),
+        ("sac-layers", "agent", True, False),
+        ("tpe", "sampler", False, True),
+        ("random-layers", "sampler", True, False),
+        ("warm-tpe-layers", "sampler", True, True),
+        ("hill-climbing", "sampler", False, True),
+        ("hill-climbing-layers", "sampler", True, True),
+    ],
+)
+def test_a_name_says_who_chooses_among_what_and_at_what_price(method, chooser, by_layer, curvature):
+    assert family(method) == chooser
+    assert is_by_layer(method) is by_layer
+    assert needs_curvature(method) is curvature
+
+
+def test_a_search_begins_with_the_price_of_the_curvature_and_ends_with_its_own():
+    (search, *_) = make_comparison(methods=("cw-hawq",)).searches
+    costs = spent(search, 214.0)
+    assert costs[0] == 214 + 31
+    assert costs[-1] == 214 + search.cpu_seconds
+
+
+def test_a_standing_has_the_median_of_its_searches_and_their_quartiles():
+    found = standings(make_comparison(methods=("cw-hawq",)))[-1]
+    finals = sorted(search.best.score for search in found.searches)
+    assert found.median == pytest.approx((finals[5] + finals[6]) / 2)
+    assert found.quartiles == pytest.approx(tuple(np.quantile(finals, [0.25, 0.75])))
+    assert found.core_seconds == 214 + 31 * 120
+
+
+def test_searches_that_scored_nothing_are_left_out():
+    document = make_comparison(methods=("cw-hawq",), num_seeds=1)
+    empty = [s.model_copy(update={"evaluations": []}) for s in document.searches]
+    found = standings(document.model_copy(update={"searches": empty}))
+    assert [s.method for s in found] == ["uniform", "exact", "channel"]
+
+
+def test_phrases_join_what_they_are_given():
+    assert [listed(names) for names in ((), ("a",), ("a", "b"), ("a", "b", "c"))] == [
+        "",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]
+    assert [spread([214.0]), spread([214.0, 12_345.0])] == ["214", "214 to 12,300"]
+    leads = {"a": Interval(1, 0.5, 2), "b": Interval(2, 1, 3), "c": Interval(-1, -2, 1)}
+    assert sides(leads, lambda lead: f"{lead.value}") == [
+        "above it b (2) and a (1)",
+        "not told apart from it c",
+    ]
+
+
+def test_the_text_is_a_table_and_the_verdict():
+    document = make_comparison(methods=("cw-hawq",), finalists=False)
+    lines = comparison_text(document).splitlines()
+    assert lines[0] == (
+        "| budget | method | searches | evaluations | episodes | core-seconds | best score, % "
+        "[quartiles] | fine-tuned accuracy, % |"
+    )
+    assert lines[2] == "| 3 bits | uniform | — | 0 | — | 0.400 | 84.10 | — |"
+    assert lines[5] == ("| 3 bits | cw-hawq | 12 | 120 | 156 | 3,930 | 86.49 [86.41 … 86.58] | — |")
+    assert [line[2:] for line in lines if line.startswith("- ")] == verdict(document)

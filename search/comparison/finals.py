@@ -63,8 +63,11 @@ def worth(document: ComparisonDocument, found: Sequence[Standing]) -> list[str]:
     ]
     if not judged:
         return ["Whether reinforcement learning is worth its price is therefore not answered."]
+    agents = [s for s, _, _ in judged]
+    num = max(len(s.searches) for s in agents)
+    best_of = f" (a finalist is the best of {num})" if num > 1 else ""
     price = (
-        f"{spread([s.core_seconds for s, _, _ in judged])} core-seconds a search, beside the "
+        f"{spread([s.core_seconds for s in agents])} core-seconds a search{best_of}, beside the "
         f"Hessian’s {spread([beside.core_seconds for _, beside, _ in judged])}"
     )
     won = [(s, lead) for s, _, lead in judged if lead.sign > 0]

@@ -98,7 +98,7 @@ def warm_starts(found: Sequence[Standing]) -> list[str]:
             float(np.median(started)),
         )
         start = few(float(np.median(nums)))
-        reached = f"the score that {warm.method} begins with, of {start} given by the Hessian"
+        reached = f"what {warm.method} has after {start} from the Hessian"
         if needed is None:
             told.append(
                 f"At {cold.budget} {cold.method} does not reach, in {few(cold.evaluations)} "
@@ -106,6 +106,6 @@ def warm_starts(found: Sequence[Standing]) -> list[str]:
             )
         else:
             told.append(
-                f"At {cold.budget} {cold.method} needs {few(needed)} evaluations for {reached}."
+                f"At {cold.budget} {cold.method} takes {few(needed)} evaluations for {reached}."
             )
     return told

@@ -265,7 +265,7 @@ def rank_agreement(
 
     Ranks are taken in each group alone and centred, so that what groups differ in, such as the
     size that a budget allows, earns no agreement. With one group it is Spearman's ρ (1904). The
-    bootstrap draws things, not groups.
+    bootstrap draws things within their groups.
 
     Args:
         first: One measurement, shape (N,).
@@ -276,24 +276,36 @@ def rank_agreement(
     Returns:
         The correlation; None where it is not defined, as one of the two does not vary.
     """
-    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
-    value = _grouped_correlation(first, second, labels)
-    if value is None:
+    members = [np.flatnonzero(np.array(groups) == group) for group in dict.fromkeys(groups)]
+    once = [mine[None] for mine in members]
+    value = _correlations(first, second, once)
+    if len(value) == 0:
         return None
     generator = np.random.default_rng(seed)
-    again = generator.integers(len(first), size=(_NUM_BOOTSTRAPS, len(first)))
-    drawn = [_grouped_correlation(first[i], second[i], labels[i]) for i in again]
-    return _interval(value, np.array([found for found in drawn if found is not None]))
+    again = [
+        mine[generator.integers(len(mine), size=(_NUM_BOOTSTRAPS, len(mine)))] for mine in members
+    ]
+    return _interval(float(value[0]), _correlations(first, second, again))
 
 
-def _grouped_correlation(first: Vector, second: Vector, labels: NDArray[np.int64]) -> float | None:
-    x, y = np.empty(len(first)), np.empty(len(first))
-    for label in np.unique(labels):
-        mine = labels == label
-        for ranks, values in ((x, first), (y, second)):
-            ranks[mine] = rankdata(values[mine]) - (mine.sum() + 1) / 2
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else None
+def _correlations(first: Vector, second: Vector, drawn: Sequence[NDArray[np.int64]]) -> Vector:
+    """Correlate ranks within groups, once for every draw that has a correlation.
+
+    Args:
+        first: One measurement, shape (N,).
+        second: The other, shape (N,).
+        drawn: Indices into both for each group of M things, shape (draws, M).
+    """
+    x, y = (
+        np.hstack([rankdata(values[mine], axis=1) - (mine.shape[1] + 1) / 2 for mine in drawn])
+        if drawn
+        else np.zeros((1, 0))
+        for values in (first, second)
+    )
+    scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    varies = scale > 0
+    found: Vector = (x * y).sum(1)[varies] / scale[varies]
+    return found
 
 
 def _median_difference(first: Vector, second: Vector, generator: np.random.Generator) -> Interval:

@@ -36,9 +36,16 @@ def is_trusted(document: ComparisonDocument) -> bool:
 
 def trust(document: ComparisonDocument) -> str:
     """Say in a sentence whether anything may be concluded from scores, and why not."""
-    nothing = "nothing is concluded from them"
     if document.fidelity == "proxy":
-        nothing = "nothing is concluded from these, which are the Hessian’s own measure, −Ω"
+        return (
+            f"{_trust(document)} They are −Ω, the Hessian’s own measure: its choices are the best, "
+            "or nearly, by construction."
+        )
+    return _trust(document)
+
+
+def _trust(document: ComparisonDocument) -> str:
+    nothing = "nothing is concluded from them"
     num = len(document.agreement)
     over = counted(num, "allocation")
     if num == 0:

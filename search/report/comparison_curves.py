@@ -25,6 +25,8 @@ __all__ = ["Curve", "by_cost", "by_evaluations", "cost_curve", "evaluation_curve
 # Points of a line; more would not be told apart.
 _NUM_POINTS = 240
 _LEAST_COST = 1e-3
+# What beginnings may add to the height of a figure of ends.
+_MOST_BEGINNING = 0.2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,6 +167,6 @@ def _focus(curves: Mapping[str, Curve], levels: Sequence[float], scale: Scale) -
     lowest = min(ends, default=0.0)
     early = [c.best.median[len(c.x) // 10] for c in curves.values()]
     height = max(top - lowest, 0.002 * max(abs(top), 0.5))
-    low = max(min([lowest, *early]), lowest - height)
+    low = max(min([lowest, *early]), lowest - _MOST_BEGINNING * height)
     margin = 0.06 * max(top - low, height)
     return [scale.factor * (low - margin), scale.factor * (top + margin)]

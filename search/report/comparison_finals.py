@@ -25,7 +25,7 @@ def finalists(found: Sequence[Standing], look: Mapping[str, Look]) -> go.Figure:
         found: Methods of the budget; those without a finalist are left out.
         look: Of the methods.
     """
-    figure = canvas("Accuracy on the test split, fine-tuned (%)", "")
+    figure = canvas("Test accuracy, fine-tuned (%)", "")
     drawn = sorted(
         [(s.method, s.finalist) for s in found if s.finalist is not None],
         key=lambda pair: pair[1].score,
@@ -37,7 +37,7 @@ def finalists(found: Sequence[Standing], look: Mapping[str, Look]) -> go.Figure:
             x=[100 * score for score in finalist.by_seed],
             y=[name] * len(finalist.by_seed),
             mode="markers",
-            marker={"color": color, "symbol": "line-ns-open", "size": 11, "line": {"width": 1.2}},
+            marker={"color": color, "symbol": "circle-open", "size": 5},
             hoverinfo="skip",
         )
         figure.add_scatter(
@@ -93,7 +93,7 @@ def agreement(points: Sequence[AgreementPoint], scale: Scale) -> go.Figure:
             text=[escape(p.digest) for p in mine],
             hovertemplate="%{text}<br>%{x:.4~g} → %{y:.2f} %<extra></extra>",
         )
-    figure.update_layout(showlegend=len(by_budget) > 1)
+    figure.update_layout(showlegend=len(by_budget) > 1, height=340)
     return figure
 
 

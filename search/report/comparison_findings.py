@@ -114,7 +114,7 @@ def shares_said(shares: Sequence[Share]) -> str:
     if not shares:
         return "No method has found something under every budget at different sizes and scores."
     best = shares[0]
-    return f"{best.method} covers most of it, {100 * best.median:.1f} %."
+    return f"{best.method} covers most of the sizes and scores in reach, {100 * best.median:.1f} %."
 
 
 def finalists_said(found: Sequence[Standing]) -> str:

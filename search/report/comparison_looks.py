@@ -1,7 +1,7 @@
 """How the methods of a comparison look: the Hessian's in ink, searches in colour.
 
-A search that starts from the Hessian's choices has the colour and marker of the one that does not,
-and a broken line.
+A search that starts from the Hessian's choices has the colour of the one that does not, another
+marker and a broken line.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ __all__ = ["comparison_looks", "faded"]
 
 _INK = "#1f2933"
 _DASHES = ("solid", "dash", "dot", "dashdot")
+_NUM_COLORS = 7
 _WARM = {"solid": "dot", "dash": "dashdot"}
 
 
@@ -22,16 +23,28 @@ def comparison_looks(methods: Sequence[str]) -> dict[str, Look]:
     choices = [method for method in methods if family(method) in {"reference", "hessian"}]
     searches = [method for method in methods if method not in choices]
     twins = {warm_twin(method): method for method in searches}
+    cold = [method for method in searches if method not in twins]
+    places = looks(_beside_grey([*cold, *(method for method in searches if method in twins)]))
     found = {
         method: replace(look, color=_INK, dash=_DASHES[i % len(_DASHES)])
         for i, (method, look) in enumerate(looks(choices).items())
     }
-    found |= looks([method for method in searches if method not in twins])
-    for method in searches:
-        if method in twins:
-            cold = found[twins[method]]
-            found[method] = replace(cold, dash=_WARM.get(cold.dash, "dot"))
+    found |= {method: places[method] for method in cold}
+    for method, twin in twins.items():
+        if method in searches:
+            dash = _WARM.get(found[twin].dash, "dot")
+            found[method] = replace(places[method], color=found[twin].color, dash=dash)
     return {method: found[method] for method in methods}
+
+
+def _beside_grey(methods: Sequence[str]) -> list[str]:
+    """Leave every place free that the palette gives its grey, which is too near the ink."""
+    placed: list[str] = []
+    for method in methods:
+        if len(placed) % _NUM_COLORS == _NUM_COLORS - 1:
+            placed.append(f"grey {len(placed)}")
+        placed.append(method)
+    return placed
 
 
 def faded(color: str, opacity: float) -> str:
