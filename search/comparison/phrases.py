@@ -13,9 +13,9 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], written: Callable[[float], str] = significant) -> str:
     """Write the range of numbers: ``214``, ``214 to 12,300``."""
-    low, high = significant(min(values)), significant(max(values))
+    low, high = written(min(values)), written(max(values))
     return low if low == high else f"{low} to {high}"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from search.comparison.document import ComparisonDocument
 from search.comparison.families import family
 from search.comparison.finals import accuracy, worth
-from search.comparison.phrases import spread
+from search.comparison.phrases import few, spread
 from search.comparison.race import beside_the_hessian, between_searches, warm_starts
 from search.comparison.standings import Standing, standings
 from search.comparison.trust import is_trusted, trust
@@ -34,7 +34,7 @@ def _price(found: Sequence[Standing]) -> str:
     if not searches:
         return "No search has finished."
     told = (
-        f"A search took {spread([s.evaluations for s in searches])} evaluations and "
+        f"A search took {spread([s.evaluations for s in searches], few)} evaluations and "
         f"{spread([s.core_seconds for s in searches])} core-seconds, medians over seeds"
     )
     own = [s for s in found if family(s.method) == "hessian"]

@@ -53,8 +53,8 @@ def cost_curve(found: Standing) -> Curve:
     """Return the best scores by core-seconds, from where every search has a score."""
     costs = [np.maximum(spent(s, found.shared_seconds), _LEAST_COST) for s in found.searches]
     first, last = max(cost[0] for cost in costs), max(cost[-1] for cost in costs)
-    grid = np.geomspace(first, last, _NUM_POINTS)
-    grid[0], grid[-1] = first, last  # as they are, not as a power rounds them
+    # A power's rounding must not leave the costs.
+    grid = np.geomspace(first, last, _NUM_POINTS).clip(first, last)
     best = [
         best_at(cost.tolist(), [e.score for e in search.evaluations], grid)
         for cost, search in zip(costs, found.searches, strict=True)

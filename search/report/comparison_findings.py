@@ -70,7 +70,7 @@ def comparison_caveats(document: ComparisonDocument, found: Sequence[Standing]) 
         )
     failures = sum(len(search.failures) for search in document.searches)
     if failures:
-        told.append(f"{counted(failures, 'score')} failed once and were computed again.")
+        told.append(f"{counted(failures, 'score')} failed once and had to be computed again.")
     seeds = [len(s.searches) for s in found if s.searches]
     if seeds and min(seeds) < MIN_SEEDS:
         told.append(
