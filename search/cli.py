@@ -94,6 +94,44 @@ def run(
 
 
 @app.command()
+def compare(
+    config: ConfigPath,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run (default: runs/NAME_OF_CONFIG)")
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, HOST:PORT (default: start Ray here)")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run stages again that a changed config invalidates")
+    ] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to keep finished searches in, and to go on from: NAME.comparison.json"
+        ),
+    ] = None,
+) -> None:
+    """Compare ways of searching: methods x budgets x seeds, then each method's best, fine-tuned."""
+    from search.compare_command import compare as run_comparison  # noqa: PLC0415
+    from search.comparison.text import comparison_text  # noqa: PLC0415
+    from search.terminal import LiveView  # noqa: PLC0415
+
+    extra = [f"ray.address={json.dumps(address)}"] if address is not None else []
+    folder = out or Path("runs") / config.stem
+    try:
+        with LiveView(_out) as view:
+            found = run_comparison(
+                config, folder, [*(overrides or []), *extra], force=force, kept=results, view=view
+            )
+    except KeyboardInterrupt:  # here, because Typer would only say "Aborted"
+        _fail("interrupted: run the same command again to go on", 130)
+    typer.echo(comparison_text(found))
+    _out.print(Text(f"Comparison: {folder / 'comparison.html'}"), soft_wrap=True)
+
+
+@app.command()
 def trace(
     config: ConfigPath,
     of: Annotated[
@@ -322,13 +360,24 @@ def front(
 
 @app.command()
 def results(
-    file: Annotated[Path, typer.Argument(help="NAME.results.json, of hawq run --results")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="NAME.results.json, of hawq run --results, or NAME.comparison.json, of hawq "
+            "compare --results"
+        ),
+    ],
 ) -> None:
     """Print what a comparison found, in markdown: tables, paired differences, and their errors."""
+    from search.compare_command import is_comparison, read_comparison  # noqa: PLC0415
+    from search.comparison.text import comparison_text  # noqa: PLC0415
     from search.results_command import results_text  # noqa: PLC0415
     from search.results_file import read_results  # noqa: PLC0415
 
-    typer.echo(results_text(read_results(file)))
+    if is_comparison(file):
+        typer.echo(comparison_text(read_comparison(file)))
+    else:
+        typer.echo(results_text(read_results(file)))
 
 
 @app.command()

@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 from hawq.allocation import Allocation
 from search.folder import content_hash
+from search.searched import Fidelity
 
 __all__ = ["Evaluate", "Evaluation", "Fidelity", "evaluation_key"]
-
-Fidelity = Literal["proxy", "none", "batch_norm", "finetuned"]
 
 
 @dataclass(frozen=True, slots=True)

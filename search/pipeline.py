@@ -39,6 +39,7 @@ from search.artefacts import (
     TrialsArtefact,
 )
 from search.cluster import connected, refuse_unreachable
+from search.comparison.making import compared
 from search.config import Budget, SearchConfig
 from search.errors import InputError
 from search.events import EventLog, Listener
@@ -46,6 +47,7 @@ from search.fit import refuse_impossible
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
 from search.report import write_report
+from search.report.comparison_page import write_comparison
 from search.searched import AgreementArtefact, SearchesArtefact
 from search.searches import EvaluationFailedError
 from search.spaces import reads_of, space_of
@@ -349,4 +351,7 @@ def _report(search: Search, name: str) -> Summary:
     write_atomically(path, summary.model_dump_json(indent=1))
     report = write_report(folder.path, summary)
     search.events.emit("report", "finished", str(report))
+    if search.config.comparison:
+        page = write_comparison(folder.path, compared(folder.path, name))
+        search.events.emit("report", "finished", str(page))
     return summary

@@ -1,15 +1,21 @@
 """What searches that score what they try leave behind, as data."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "AgreementArtefact",
     "AgreementPoint",
+    "Fidelity",
     "HessianChoice",
     "ScoredAllocation",
     "SearchRecord",
     "SearchesArtefact",
 ]
+
+
+Fidelity = Literal["proxy", "none", "batch_norm", "finetuned"]
 
 
 class _Record(BaseModel):
@@ -42,6 +48,7 @@ class SearchRecord(_Record):
     bits: dict[str, int | list[int]] = Field(
         description="The best allocation, by layer and tensor; a list is of their channels."
     )
+    fidelity: Fidelity = Field(description="How its allocations were scored.")
     inputs: str = Field(description="Hash of everything that the search depends on.")
 
     @property

@@ -16,6 +16,8 @@ SamplerName = Literal["random", "tpe", "cma-es", "nsga2"]
 
 # As many random trials as DDPG's warm-up has episodes; a population of NSGA-II.
 _WARMUP = 20
+# The evolution strategy's own first step, of a range of 1, is a sixth.
+_WARM_SIGMA = 0.1
 
 
 def sampler(name: SamplerName) -> Drive:
@@ -71,10 +73,13 @@ def sampler(name: SamplerName) -> Drive:
 def _cma(seed: int, starts: Sequence[Sequence[float]]) -> "BaseSampler":
     from optuna.samplers import CmaEsSampler  # noqa: PLC0415
 
-    x0 = None
-    if starts:
+    if not starts:
+        return CmaEsSampler(seed=seed)
+    with warnings.catch_warnings():
+        # To go with Optuna 6: what it offers instead takes other trials' scores, not a start.
+        warnings.simplefilter("ignore", FutureWarning)
         x0 = {f"a{step}": action for step, action in enumerate(starts[0])}
-    return CmaEsSampler(x0=x0, sigma0=0.1 if starts else None, seed=seed)
+        return CmaEsSampler(x0=x0, sigma0=_WARM_SIGMA, seed=seed)
 
 
 def _tpe(seed: int, _: Sequence[Sequence[float]]) -> "BaseSampler":

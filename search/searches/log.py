@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hawq.allocation import Allocation
 from hawq.space import Space
+from search.evaluate import Evaluation
 from search.searched import ScoredAllocation
 
 __all__ = ["EvaluationLog"]
@@ -33,6 +34,7 @@ class EvaluationLog:
             path.write_text("".join(f"{line}\n" for line in [header, *kept]), encoding="utf-8")
         self.found: list[ScoredAllocation] = []
         self.episodes = 0
+        self.fidelity = ""
         self._digits: list[str] = []
         for line in kept:
             self._read(json.loads(line))
@@ -41,12 +43,17 @@ class EvaluationLog:
         entry = dict(line)
         self.episodes += int(str(entry.pop("proposals")))
         self._digits.append(str(entry.pop("bits")))
+        self.fidelity = str(entry.pop("fidelity"))
         self.found.append(ScoredAllocation.model_validate(entry))
 
-    def add(self, found: ScoredAllocation, allocation: Allocation, proposals: int) -> None:
+    def add(self, found: ScoredAllocation, evaluation: Evaluation) -> None:
         """Append an evaluation."""
-        # A digit a group: no width is above 8.
-        more = {"proposals": proposals, "bits": "".join(map(str, allocation.bits))}
+        more = {
+            "proposals": evaluation.proposals,
+            "fidelity": evaluation.fidelity,
+            # A digit a group: no width is above 8.
+            "bits": "".join(map(str, evaluation.allocation.bits)),
+        }
         line = found.model_dump() | more
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

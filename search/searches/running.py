@@ -6,7 +6,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zlib import crc32
 
+import numpy as np
 import ray
 import torch
 
@@ -105,9 +107,7 @@ def run_search(spec: SearchSpec, problem: Problem) -> SearchRecord:
             here = 0.0 if effort.runners else evaluation.spent
             spent += time.process_time() - began - here + evaluation.seconds
             began = time.process_time()
-            log.add(
-                _scored(problem, evaluation, spent), evaluation.allocation, evaluation.proposals
-            )
+            log.add(_scored(problem, evaluation, spent), evaluation)
             if len(log.found) >= spec.evaluations:
                 break
     record = _record(spec, log, _reasons(failures))
@@ -120,7 +120,9 @@ def _searched(
     search: Callable[..., Iterable[Evaluation]], problem: Problem, spec: SearchSpec
 ) -> Generator[Evaluation]:
     """Make something that can be closed of whatever a searcher returns."""
-    yield from search(problem, evaluations=spec.evaluations, seed=spec.seed)
+    # Methods with the same seed must not begin with the same allocations.
+    own = np.random.SeedSequence([spec.seed, crc32(spec.method.encode())]).generate_state(1)[0]
+    yield from search(problem, evaluations=spec.evaluations, seed=int(own) >> 2)
 
 
 def _scored(problem: Problem, evaluation: Evaluation, seconds: float) -> ScoredAllocation:
@@ -156,6 +158,7 @@ def _record(spec: SearchSpec, log: EvaluationLog, failures: list[str]) -> Search
                 dict(zip(allocation.names, allocation.bits, strict=True))
             ).items()
         },
+        fidelity=log.fidelity,
         inputs=spec.inputs,
     )
 

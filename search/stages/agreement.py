@@ -164,7 +164,10 @@ def _points(search: Search) -> list[AgreementPoint]:
     tested = score_all(search, "agreement", jobs, "test")
     return [
         AgreementPoint(
-            digest=spec.digest, score=score.score, finetuned=float(examples.double().mean())
+            digest=spec.digest,
+            budget=search.config.budgets[0].label,
+            score=score.score,
+            finetuned=float(examples.double().mean()),
         )
         for (spec, score), examples in zip(trained, tested, strict=True)
     ]
