@@ -90,6 +90,7 @@ EMPTY: dict[str, Any] = {"methods": (), "finalists": False, "num_agreement": 0}
         (EMPTY, ["no search has finished", "two budgets"], 0),
         (EMPTY | {"hessian": []}, ["no search has finished", "two budgets"], 0),
         ({"hessian": [], "finalists": False}, ["no Hessian method", "two budgets"], 3),
+        ({"fidelity": "proxy"}, ["A score is −Ω by the Hessian", "two budgets"], 4),
     ],
 )
 def test_what_is_missing_is_said_and_the_rest_is_shown(changes, missing, num_figures):
