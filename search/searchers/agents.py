@@ -38,7 +38,7 @@ def agent(name: "AgentName") -> Drive:
             gpus_per_runner=effort.gpus,
             checkpoint=effort.checkpoint,
             fingerprint=process.problem.tables.space.fingerprint,
-            options=_ddpg(evaluations) if name == "ddpg" else None,
+            options=_ddpg(evaluations, starts) if name == "ddpg" else None,
         )
         for played in ends:
             for end in played:
@@ -47,7 +47,7 @@ def agent(name: "AgentName") -> Drive:
     return drive
 
 
-def _ddpg(evaluations: int) -> "DDPGOptions":
+def _ddpg(evaluations: int, starts: Sequence[Sequence[float]]) -> "DDPGOptions":
     """Return HAQ's numbers, with a noise that ends with the evaluations."""
     from search.agents.ddpg import DDPGOptions  # noqa: PLC0415
 
@@ -57,4 +57,5 @@ def _ddpg(evaluations: int) -> "DDPGOptions":
     return DDPGOptions(
         warmup_episodes=warmup,
         noise_decay=(_LAST_STD / own.noise_std) ** (1 / rest),
+        first_actions=tuple(tuple(actions) for actions in starts),
     )
