@@ -11,9 +11,9 @@ from test_comparison_verdict import LEVEL, make_comparison, scored
 from test_report import Page, figures_of
 
 from search.comparison.document import ComparisonDocument
+from search.comparison.progress import best_so_far
 from search.comparison.scale import Scale
 from search.comparison.standings import standings
-from search.comparison.statistics import best_so_far
 from search.comparison.verdict import verdict
 from search.report.comparison_curves import by_cost, by_evaluations, cost_curve, evaluation_curve
 from search.report.comparison_finals import finalists

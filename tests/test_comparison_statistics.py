@@ -9,17 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy.stats import mannwhitneyu, spearmanr
 
+from search.comparison.hypervolume import covered_share, hypervolume
+from search.comparison.progress import band, best_at, best_so_far, evaluations_to_reach
 from search.comparison.statistics import (
     MIN_SEEDS,
     Interval,
-    band,
-    best_at,
-    best_so_far,
-    covered_share,
-    evaluations_to_reach,
     finalist_difference,
     holm,
-    hypervolume,
     median_lead,
     rank_agreement,
     search_differences,

@@ -11,15 +11,10 @@ import numpy as np
 from search.comparison.document import ComparisonDocument
 from search.comparison.families import warm_twin
 from search.comparison.phrases import few, listed, sides
+from search.comparison.progress import evaluations_to_reach
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing, hessian_beside
-from search.comparison.statistics import (
-    MIN_SEEDS,
-    Interval,
-    evaluations_to_reach,
-    median_lead,
-    search_differences,
-)
+from search.comparison.statistics import MIN_SEEDS, Interval, median_lead, search_differences
 
 __all__ = ["beside_the_hessian", "between_searches", "warm_starts"]
 

@@ -1,4 +1,4 @@
-"""The statistics of a comparison: curves, fronts, differences and agreements, with their errors.
+"""The statistics of a comparison: differences and agreements, with their errors.
 
 Intervals are percentile bootstraps of 95 % (Efron, 1979), drawn from the seed that is given.
 """
@@ -12,17 +12,10 @@ from scipy.stats import mannwhitneyu, rankdata
 
 __all__ = [
     "MIN_SEEDS",
-    "Band",
     "Interval",
     "SearchDifference",
-    "band",
-    "best_at",
-    "best_so_far",
-    "covered_share",
-    "evaluations_to_reach",
     "finalist_difference",
     "holm",
-    "hypervolume",
     "median_lead",
     "rank_agreement",
     "search_differences",
@@ -52,15 +45,6 @@ class Interval:
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Band:
-    """Median and quartiles over seeds, each of shape (T,)."""
-
-    median: Vector
-    low: Vector
-    high: Vector
-
-
 @dataclass(frozen=True, slots=True)
 class SearchDifference:
     """How much better one method's searches end than another's.
@@ -78,104 +62,6 @@ class SearchDifference:
     def is_told(self) -> bool:
         """Whether the two are told apart, at 5 %."""
         return self.p is not None and self.p < _LEVEL
-
-
-def best_so_far(scores: Sequence[float], length: int) -> Vector:
-    """Return the best score after each evaluation, shape (length,).
-
-    A search that ended early keeps its best.
-
-    Args:
-        scores: In the order of scoring, at least one.
-        length: Evaluations of the whole budget.
-
-    Raises:
-        ValueError: If there are no scores, or more than ``length``.
-    """
-    if not 1 <= len(scores) <= length:
-        raise ValueError(f"scores must number 1 to {length}, got {len(scores)}")
-    best = np.maximum.accumulate(np.asarray(scores, np.float64))
-    return np.pad(best, (0, length - len(scores)), mode="edge")
-
-
-def best_at(costs: Sequence[float], scores: Sequence[float], grid: Vector) -> Vector:
-    """Return the best score that each cost of a grid buys, shape (T,).
-
-    Args:
-        costs: Spent when each score was there, never falling.
-        scores: Of the same, in the order of scoring.
-        grid: Costs, shape (T,), none below the first score's.
-
-    Raises:
-        ValueError: If the lengths differ, costs fall, or the grid begins before the first score.
-    """
-    if len(costs) != len(scores) or np.any(np.diff(costs) < 0):
-        raise ValueError(
-            f"costs must be one a score and never fall, got {len(costs)} for {len(scores)}"
-        )
-    if len(costs) == 0 or grid.min() < costs[0]:
-        raise ValueError(f"grid must begin at the first score or later, got {grid.min():g}")
-    bought = np.searchsorted(np.asarray(costs, np.float64), grid, side="right") - 1
-    best: Vector = best_so_far(scores, len(scores))[bought]
-    return best
-
-
-def band(curves: NDArray[np.float64]) -> Band:
-    """Summarize curves of several seeds, shape (S, T)."""
-    low, median, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
-    return Band(median, low, high)
-
-
-def evaluations_to_reach(searches: Sequence[Sequence[float]], target: float) -> float | None:
-    """Return how many evaluations a method needs until its best reaches a score.
-
-    Args:
-        searches: The scores of each seed, in the order of scoring.
-        target: To be reached or passed.
-
-    Returns:
-        The median over seeds; None if half of the searches or more never reach it.
-    """
-    needed = [
-        next((i for i, score in enumerate(scores, 1) if score >= target), np.inf)
-        for scores in searches
-    ]
-    middle = np.sort(needed)[(len(needed) - 1) // 2 : len(needed) // 2 + 1]
-    return None if np.isinf(middle).any() else float(middle.mean())
-
-
-def hypervolume(points: NDArray[np.float64], reference: tuple[float, float]) -> float:
-    """Return the area of what some point dominates, up to a reference (Zitzler & Thiele, 1998).
-
-    Args:
-        points: Size to be small and score to be large, shape (F, 2).
-        reference: Size and score; a point that is not better in both adds nothing.
-    """
-    size, score = reference
-    area, reached = 0.0, score
-    order = np.lexsort((-points[:, 1], points[:, 0]))
-    for x, y in points[order].tolist():
-        if x < size and y > reached:
-            area += (size - x) * (y - reached)
-            reached = y
-    return area
-
-
-def covered_share(
-    points: NDArray[np.float64], *, ideal: tuple[float, float], reference: tuple[float, float]
-) -> float:
-    """Return the hypervolume as a share of the rectangle from an ideal point to a reference.
-
-    Raises:
-        ValueError: If the ideal is not smaller and better than the reference.
-    """
-    width, height = reference[0] - ideal[0], ideal[1] - reference[1]
-    if width <= 0 or height <= 0:
-        raise ValueError(f"ideal must be better than the reference in both, got {ideal}")
-    inside = np.column_stack(
-        [np.maximum(points[:, 0], ideal[0]), np.minimum(points[:, 1], ideal[1])]
-    )
-    return hypervolume(inside, reference) / (width * height)
 
 
 def holm(p: Sequence[float]) -> list[float]:

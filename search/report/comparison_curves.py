@@ -13,9 +13,9 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from search.comparison.progress import Band, band, best_at, best_so_far
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing, spent
-from search.comparison.statistics import Band, band, best_at, best_so_far
 from search.report.canvas import canvas
 from search.report.comparison_looks import faded
 from search.report.palette import Look

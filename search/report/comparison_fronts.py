@@ -8,9 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from search.comparison.hypervolume import covered_share
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing
-from search.comparison.statistics import covered_share
 from search.report.canvas import canvas
 from search.report.palette import Look
 from search.report.quantities import mib
