@@ -356,6 +356,16 @@ def test_finalists_are_above_below_the_same_or_not_told_apart():
     assert "Fine-tuned, at 3 bits, beside exact: without a seed in common haq." in told
 
 
+def test_intervals_of_one_training_seed_are_said_to_be_over_images_alone():
+    once = difference("channel", "cw-hawq", -0.006, -0.002) | {"num_seeds": 1}
+    told = verdict(make_comparison(methods=("cw-hawq",), differences=[once]))
+    assert told[-2] == (
+        "Some intervals are over images alone, for finalists with one training seed in common: "
+        "other seeds may turn them round."
+    )
+    assert not [s for s in verdict(make_comparison()) if "images alone" in s]
+
+
 def test_finalists_without_one_of_the_hessians_are_not_compared():
     document = make_comparison(methods=("tpe",))
     alone = [f for f in document.finalists if f.method == "tpe"]
@@ -378,8 +388,9 @@ def test_reinforcement_learning_that_gains_is_credited_and_so_is_what_does_as_we
     methods = ("cw-hawq", "tpe", "random")
     told = verdict(make_comparison(methods=methods, differences=[gained, alike, worse]))
     assert told[-2:] == [
-        "Reinforcement learning gained accuracy on the Hessian: cw-hawq at 3 bits (+0.40 points), "
-        "at 3,930 core-seconds a search (a finalist is the best of 12), beside the Hessian’s 214.",
+        "Reinforcement learning gained accuracy on the Hessian in 1 of 1 comparison: cw-hawq at 3 "
+        "bits (+0.40 points), at 3,930 core-seconds a search (a finalist is the best of 12), "
+        "beside the Hessian’s 214.",
         "At 3 bits cw-hawq is not above tpe, without learning, by more than the error.",
     ]
     told = verdict(make_comparison(methods=methods, differences=[gained, worse]))

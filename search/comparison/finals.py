@@ -8,6 +8,7 @@ from search.comparison.phrases import listed, sides, spread
 from search.comparison.scale import accuracy_points
 from search.comparison.standings import Standing, hessian_beside
 from search.comparison.statistics import Interval
+from search.report.quantities import counted
 
 __all__ = ["accuracy", "finalist_leads", "worth", "written"]
 
@@ -49,7 +50,14 @@ def accuracy(document: ComparisonDocument, found: Sequence[Standing]) -> list[st
         unknown = [name for name in mine if name not in known]
         parts += [f"without a seed in common {listed(unknown)}"] if unknown else []
         told.append(f"Fine-tuned, at {budget}, beside {method}: {'; '.join(parts)}.")
-    return told or ["No search’s finalist has one of the Hessian’s to be compared with."]
+    if not told:
+        return ["No search’s finalist has one of the Hessian’s to be compared with."]
+    if any(d.num_seeds == 1 for d in document.differences):
+        told.append(
+            "Some intervals are over images alone, for finalists with one training seed in common: "
+            "other seeds may turn them round."
+        )
+    return told
 
 
 def worth(document: ComparisonDocument, found: Sequence[Standing]) -> list[str]:
@@ -77,7 +85,10 @@ def worth(document: ComparisonDocument, found: Sequence[Standing]) -> list[str]:
             f"is above the Hessian’s by more than the error, at {price}."
         ]
     gained = [f"{s.method} at {s.budget} ({accuracy_points(lead.value)})" for s, lead in won]
-    told = [f"Reinforcement learning gained accuracy on the Hessian: {listed(gained)}, at {price}."]
+    told = [
+        f"Reinforcement learning gained accuracy on the Hessian in {len(won)} of "
+        f"{counted(len(judged), 'comparison')}: {listed(gained)}, at {price}."
+    ]
     for s, _ in won:
         as_good = _as_good(s, found, finalist_leads(document))
         if as_good:
