@@ -195,6 +195,7 @@ def test_no_two_methods_look_alike_and_a_warm_start_has_its_twins_colour():
         assert (first.color, first.symbol) != (second.color, second.symbol)
         assert (first.color, first.dash) != (second.color, second.dash)
     assert found["warm-tpe"].color == found["tpe"].color
+    assert found["warm-cw-hawq"].color == found["cw-hawq"].color
 
 
 def test_a_warm_search_without_its_twin_has_a_colour_of_its_own():
