@@ -49,7 +49,7 @@ from search.machine import machine, versions
 from search.report import write_report
 from search.report.comparison_page import write_comparison
 from search.searched import AgreementArtefact, SearchesArtefact
-from search.searches import EvaluationFailedError
+from search.searches import SearchFailedError
 from search.spaces import reads_of, space_of
 from search.stages import (
     agreement,
@@ -312,7 +312,7 @@ def _make(search: Search, stage: Stage, inputs: dict[str, Any]) -> None:
     search.worker_cpu_seconds = 0.0
     try:
         result = stage.make(search)
-    except (NonFiniteTraceError, DivergedError, EvaluationFailedError, InputError) as error:
+    except (NonFiniteTraceError, DivergedError, SearchFailedError, InputError) as error:
         # A worker's exception carries its remote traceback; its cause carries the sentence.
         reason = str(getattr(error, "cause", error))
         search.events.emit(stage.name, "failed", reason)

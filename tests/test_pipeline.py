@@ -16,7 +16,6 @@ from torch import nn
 
 from hawq.reads import read_network
 from hawq.space import quantizable_layers
-from search import pipeline
 from search.artefacts import Summary
 from search.config_file import load_config
 from search.errors import InputError

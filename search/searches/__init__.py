@@ -5,11 +5,12 @@ one that is killed goes on where it was.
 """
 
 from search.searches.evaluator import EvaluationFailedError, Retried, TrainedScores
-from search.searches.running import SearchSpec, run_search, run_searches
+from search.searches.running import SearchFailedError, SearchSpec, run_search, run_searches
 
 __all__ = [
     "EvaluationFailedError",
     "Retried",
+    "SearchFailedError",
     "SearchSpec",
     "TrainedScores",
     "run_search",

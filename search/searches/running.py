@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -17,12 +18,16 @@ from search.evaluate import Evaluation
 from search.folder import write_atomically
 from search.searched import ScoredAllocation, SearchRecord
 from search.searchers import SEARCHERS, Problem
-from search.searches.evaluator import EvaluationFailedError, Retried
+from search.searches.evaluator import Retried
 from search.searches.log import EvaluationLog
 
-__all__ = ["SearchSpec", "read_record", "run_search", "run_searches"]
+__all__ = ["SearchFailedError", "SearchSpec", "read_record", "run_search", "run_searches"]
 
 _POLL_SECONDS = 1.0
+
+
+class SearchFailedError(RuntimeError):
+    """A search cannot go on; what it scored is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +196,8 @@ def run_searches(
         In the order of ``specs``.
 
     Raises:
-        EvaluationFailedError: If a score of one of them fails for good; the others are stopped.
+        SearchFailedError: If one of them cannot go on, such as for a score that fails for good; the
+            others are stopped.
     """
     shared = {key: ray.put(problem) for key, problem in problems.items()}
     total = sum(spec.evaluations for spec in specs)
@@ -212,16 +218,22 @@ def run_searches(
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
             for reference in ready:
                 i = pending.pop(reference)
-                records[i] = SearchRecord.model_validate(ray.get(reference))
+                records[i] = _result(specs[i], reference)
                 finished(records[i])
             progress(sum(spec.num_done for spec in specs), total)
-    except ray.exceptions.RayTaskError as error:
-        cause = getattr(error, "cause", error)
-        raise EvaluationFailedError(str(cause).strip().splitlines()[-1]) from error
     finally:
         for reference in pending:
             ray.cancel(reference, force=True)
     return [records[i] for i in range(len(specs))]
+
+
+def _result(spec: SearchSpec, reference: Any) -> SearchRecord:
+    try:
+        return SearchRecord.model_validate(ray.get(reference))
+    except ray.exceptions.RayTaskError as error:
+        reason = str(getattr(error, "cause", error)).strip().splitlines()[0]
+        told = f"{spec.method} at {spec.budget}, seed {spec.seed}: {reason}"
+        raise SearchFailedError(told) from error
 
 
 @ray.remote(max_retries=3)
