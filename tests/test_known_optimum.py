@@ -38,12 +38,14 @@ def best_within(method, problem, seed):
     return best
 
 
-@pytest.mark.parametrize("method", ["tpe", "cma-es"])
-def test_samplers_find_nearly_the_best(method):
+@pytest.mark.parametrize(("method", "least"), [("random", 2), ("tpe", 5), ("cma-es", 4)])
+def test_samplers_find_nearly_the_best_of_five_as_often_as_they_did(method, least):
+    found = 0
     for seed in range(5):
         problem, optimum, num_reachable = make_known(seed)
-        assert num_reachable > 30
-        assert optimum / best_within(method, problem, seed) >= 0.95
+        assert num_reachable > 50
+        found += optimum / best_within(method, problem, seed) >= 0.95
+    assert found >= least
 
 
 @pytest.mark.ray
