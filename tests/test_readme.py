@@ -49,7 +49,17 @@ def test_the_picture_names_every_stage_and_the_tables_every_method():
     for stage in STAGES:
         assert stage.name in picture
     for method in SEARCHERS:
-        assert f"`{method}`" in README or f"`{method.removeprefix('hawq-v1')}`" in README
+        # The table has "with `-layers`" and "`warm-`" for the rest of a family.
+        short = method.removeprefix("hawq-v1").removesuffix("-layers")
+        assert any(f"`{name}`" in README for name in (method, short))
+
+
+@pytest.mark.parametrize(
+    "first_line", ["budgets: [{", "weights:\n  quantizer", "methods: [uniform, ex"]
+)
+def test_every_piece_of_a_config_is_part_of_a_config(first_line):
+    rest = {"task": {"data": "digits", "pretrain": {}}, "budgets": [{"average_bits": 3}]}
+    SearchConfig.model_validate(rest | yaml.safe_load(block("yaml", first_line)))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
