@@ -7,16 +7,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from oracles import TinyTask
 from test_searchers import make_tables
 
 from hawq.allocation import Allocation, by_group, by_owner
-from hawq.space import Group, Space
+from hawq.finetune import Recipe
+from hawq.space import Group, Space, quantizable_layers
 from search.evaluate import Evaluation
+from search.scores import ScoreSpec
 from search.searchers import SEARCHERS, Problem, Reward, around
 from search.searchers.processes import MOST_REPEATS, Process, distinct
-from search.searches import EvaluationFailedError, SearchSpec, run_search, run_searches
+from search.searches import (
+    EvaluationFailedError,
+    SearchSpec,
+    TrainedScores,
+    run_search,
+    run_searches,
+)
 from search.searches.evaluator import scored
 from search.searches.log import EvaluationLog
+from search.tasks.checkpoint import save_state
 
 SAMPLERS = ["random", "tpe", "cma-es", "nsga2"]
 CLIMBERS = ["hill-climbing", "hill-climbing-layers"]
@@ -229,6 +239,28 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     assert EvaluationLog(spec.log, "other inputs", problem.tables.space).found == []
 
 
+@pytest.mark.ray
+def test_an_agent_that_was_stopped_goes_on_to_the_same_end(ray_cluster, tmp_path):
+    problem = make_problem("cw-hawq")
+    whole = run_search(make_spec("cw-hawq", tmp_path / "whole"), problem)
+    stopped = replace(problem, evaluate=Counting(problem.tables, tmp_path, stop_after=4))
+    with pytest.raises(KeyboardInterrupt):
+        run_search(make_spec("cw-hawq", tmp_path / "parts"), stopped)
+    parts = run_search(make_spec("cw-hawq", tmp_path / "parts"), problem)
+    assert [e.digest for e in parts.evaluations] == [e.digest for e in whole.evaluations]
+    # The agent's state is for going on alone.
+    assert not (tmp_path / "parts" / "agent").exists()
+
+
+@pytest.mark.ray
+def test_a_warm_agent_begins_where_the_hessian_ends(ray_cluster, tmp_path):
+    problem = make_problem("warm-haq")
+    record = run_search(make_spec("warm-haq", tmp_path / "s", 4), problem)
+    (exact,) = SEARCHERS["exact"].search(problem, evaluations=1, seed=0)
+    assert record.evaluations[0].digest == exact.allocation.digest
+    assert record.num_starts == 2
+
+
 # --- scores that fail ----------------------------------------------------------------------------
 
 
@@ -269,6 +301,26 @@ def test_a_score_that_fails_twice_stops_the_search_with_its_reason(tmp_path):
         run_search(make_spec("random", tmp_path / "s", 3), flaky)
     (first, again) = (tmp_path / "s" / "failures.jsonl").read_text().splitlines()
     assert json.loads(first)["reason"] == json.loads(again)["reason"] == "OSError: are gone"
+
+
+def test_a_score_may_be_a_short_training(tmp_path):
+    task = TinyTask(num_examples=24)
+    save_state(tmp_path / "model.safetensors", task.model().state_dict())
+    spec = ScoreSpec(task, tmp_path / "model.safetensors", folder=tmp_path / "scores")
+    recipe = Recipe(epochs=2, batch_size=8, lr=0.05)
+    bits = {f"w:{name}": 4 for name in quantizable_layers(task.model())}
+    groups = tuple(Group(name, 1, 1, (2, 4)) for name in bits)
+    allocation = Allocation.of(Space(groups), bits)
+    found = TrainedScores(spec, recipe)(allocation)
+    assert found.fidelity == "finetuned"
+    assert 0 <= found.score <= 1
+    (folder,) = (tmp_path / "scores" / "finetuned").iterdir()
+    assert not list(folder.glob("*.safetensors"))
+    again = pickle.loads(pickle.dumps(TrainedScores(spec, recipe)))(allocation)
+    assert again == found
+    other = TrainedScores(spec, replace(recipe, epochs=1))(allocation)
+    assert other.seconds < found.seconds or other.score != found.score
+    assert len(list((tmp_path / "scores" / "finetuned").iterdir())) == 2
 
 
 # --- on a cluster --------------------------------------------------------------------------------

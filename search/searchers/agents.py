@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["agent"]
 
-# DDPG's exploration ends at this share of an action's range, whatever the evaluations; NNCF, too,
-# lets the decay follow the length of a search. What counts is the best that was ever scored, not the
+# DDPG's exploration ends at this share of an action's range whatever the evaluations; NNCF, too,
+# lets the decay follow a search's length. What counts is the best that was ever scored, not the
 # last policy: less noise would only score the same again.
 _LAST_STD = 0.1
 # HAQ's single update for a step learns too little in some hundred short episodes: of five searches

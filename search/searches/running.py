@@ -18,6 +18,8 @@ from search.evaluate import Evaluation
 from search.folder import write_atomically
 from search.searched import ScoredAllocation, SearchRecord
 from search.searchers import SEARCHERS, Problem
+from search.searchers.climbing import ClimbingSearcher
+from search.searchers.processes import ProcessSearcher
 from search.searches.evaluator import Retried
 from search.searches.log import EvaluationLog
 
@@ -152,7 +154,7 @@ def _record(spec: SearchSpec, log: EvaluationLog, failures: list[str]) -> Search
         budget=spec.budget,
         seed=spec.seed,
         evaluations=log.found,
-        num_starts=min(len(log.found), len(getattr(SEARCHERS[spec.method], "starts", ()))),
+        num_starts=min(len(log.found), _num_starts(spec.method)),
         episodes=log.episodes,
         cpu_seconds=log.found[-1].seconds,
         failures=failures,
@@ -166,6 +168,13 @@ def _record(spec: SearchSpec, log: EvaluationLog, failures: list[str]) -> Search
         fidelity=log.fidelity,
         inputs=spec.inputs,
     )
+
+
+def _num_starts(method: str) -> int:
+    searcher = SEARCHERS[method]
+    if isinstance(searcher, ProcessSearcher | ClimbingSearcher):
+        return len(searcher.starts)
+    return 0
 
 
 def _reasons(path: Path) -> list[str]:
