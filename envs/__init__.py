@@ -6,8 +6,9 @@ An environment here receives its evaluator and can only represent allocations wi
 
 import gymnasium
 
-from envs.channel_ratios import ChannelRatios, Ranked
+from envs.channel_ratios import ChannelRatios
 from envs.layer_bits import LayerBits, layer_features
+from envs.ranked import Ranked
 
 __all__ = ["ChannelRatios", "LayerBits", "Ranked", "layer_features"]
 

@@ -6,8 +6,7 @@ can lead to is a staircase along that order, and an episode has a step a width, 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import gymnasium
 import numpy as np
@@ -16,40 +15,16 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from envs.action import fraction
 from envs.picture import listing, picture
-from hawq.allocate import InfeasibleBudgetError
-from hawq.allocate.front import merge_ties
+from envs.ranked import Part, Ranked, Rows, Unit
+from envs.walk import Scope, walks_of
 from hawq.allocation import Allocation
-from hawq.space import PREFIX, Space
+from hawq.space import Space
 
-__all__ = ["ChannelRatios", "Ranked", "Scope", "Unit"]
+__all__ = ["ChannelRatios"]
 
-Unit = Literal["channels", "weights"]
-Scope = Literal["network", "layer"]
 Vector = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ranked:
-    """The weights, or the activations, with the order in which they receive their bits.
-
-    Attributes:
-        space: Their groups; tied ones are one row.
-        groups: Where these are in the whole space, shape (G,).
-        cost: What is limited, shape (G, B), columns ``space.widths``; it must not fall with the
-            width.
-        limit: The most that they may cost.
-        sensitivity: Ω, shape (G, B); infinite where it is barred.
-        order: Indices of ``space.rows()``, the most sensitive first, shape (R,): from
-            ``hawq.ranking.ranking``.
-    """
-
-    space: Space
-    groups: NDArray[np.int64]
-    cost: NDArray[np.int64]
-    limit: int
-    sensitivity: NDArray[np.float64]
-    order: NDArray[np.int64]
 
 
 class ChannelRatios(gymnasium.Env[Vector, Vector]):
@@ -122,12 +97,12 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
         self.observation_space = Box(0, 1, (10,), np.float32)
         self._space = space
         self._evaluate = evaluate
-        laid = [_Rows.of(part, unit) for part in parts]
-        self._parts = [_total(part, rows) for part, rows in zip(parts, laid, strict=True)]
+        laid = [Rows.of(part, unit) for part in parts]
+        self._parts = [Part.of(part, rows) for part, rows in zip(parts, laid, strict=True)]
         self._walks = [
             walk
             for i, (part, rows) in enumerate(zip(parts, laid, strict=True))
-            for walk in _walks(part, rows, i, scope)
+            for walk in walks_of(part, rows, i, scope)
         ]
         self._schedule = [
             (i, step) for i, walk in enumerate(self._walks) for step in range(len(walk.widths) - 1)
@@ -161,7 +136,7 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
             raise ValueError(f"actions must be {self.num_steps}, got {len(actions)}")
         episode = self._start()
         for action in actions:
-            self._take(episode, _fraction(action))
+            self._take(episode, fraction(action))
         return self._allocation(episode)
 
     def actions_of(self, allocation: Allocation) -> list[float]:
@@ -204,7 +179,7 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
     def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
         if self._episode.step == self.num_steps:
             raise ResetNeeded("reset must be called before the first step of another episode")
-        self._take(self._episode, _fraction(action[0]))
+        self._take(self._episode, fraction(action[0]))
         if self._episode.step < self.num_steps:
             return self._observe(), 0.0, False, False, {}
         allocation = self._allocation(self._episode)
@@ -306,219 +281,6 @@ class _Episode:
     relief: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Walk:
-    """Some rows of a part in order, with the sums of the first k of them.
-
-    Attributes:
-        part: Index of the part.
-        widths: To walk, decreasing, shape (W,).
-        bits: What a row receives at each width, shape (N, W).
-        extra: What the first k rows cost more at a width than at their narrowest, shape (W, N + 1).
-        relief: How much Ω falls by that, shape (W, N + 1).
-        least: Cost of the first k rows at their narrowest, shape (N + 1,).
-        amount: The first k rows in units, shape (N + 1,).
-        steepness: See entry 8 of the observation, shape (N,).
-        groups: Groups of the space that are in these rows, shape (M,).
-        rows: Which of the rows each of them is in, shape (M,).
-    """
-
-    part: int
-    widths: NDArray[np.int64]
-    bits: NDArray[np.int64]
-    extra: NDArray[np.int64]
-    relief: NDArray[np.float64]
-    least: NDArray[np.int64]
-    amount: NDArray[np.int64]
-    steepness: NDArray[np.float64]
-    groups: NDArray[np.int64]
-    rows: NDArray[np.int64]
-
-    def reach(self, step: int, begin: int, room: int) -> int:
-        """Return the furthest cut that costs at most ``room`` more than the narrowest."""
-        most = int(self.extra[step, begin]) + room
-        return int(np.searchsorted(self.extra[step], most, side="right")) - 1
-
-    def nearest(self, begin: int, end: int, fraction: float) -> int:
-        """Return the cut nearest to a fraction of the way."""
-        span = int(self.amount[end] - self.amount[begin])
-        return min(max(self._cut(int(self.amount[begin]) + fraction * span), begin), end)
-
-    def share(self, begin: int, cut: int, end: int) -> float:
-        """Return what fraction of the way a cut is; 0 where there is no way."""
-        span = int(self.amount[end] - self.amount[begin])
-        return int(self.amount[cut] - self.amount[begin]) / span if span else 0.0
-
-    def steps_of(self, cuts: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return at which step each row receives its bits, and which have them."""
-        every = np.arange(len(self.bits))
-        steps = np.searchsorted(np.array(cuts[1:], np.int64), every, side="right")
-        return steps, (every < cuts[-1]) | (len(cuts) == len(self.widths))
-
-    def cuts_of(self, bits: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the cuts, shape (W − 1,), that give these bits, or as much of each width."""
-        mine = np.empty(len(self.bits), np.int64)
-        mine[self.rows] = bits[self.groups]
-        fits = self.bits == mine[:, None]
-        last = fits.shape[1] - 1
-        steps = np.maximum.accumulate(fits.argmax(1))
-        widths = np.arange(last)
-        if fits[np.arange(len(mine)), steps].all():
-            return np.searchsorted(steps, widths, side="right")
-        wider = mine[:, None] >= self.widths[:-1]
-        amounts = np.diff(self.amount) @ wider
-        return np.array([self._cut(amount) for amount in amounts], np.int64)
-
-    def _cut(self, amount: float) -> int:
-        middles = (self.amount[1:] + self.amount[:-1]) / 2
-        return int(np.searchsorted(middles, amount, side="right"))
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The totals of a part.
-
-    Attributes:
-        is_activations: Whether it is the activations.
-        limit: The most that it may cost.
-        least: Its cost with everything at its narrowest.
-        fixed: Cost of its rows of one width.
-        omega: Ω with everything at its narrowest.
-    """
-
-    is_activations: bool
-    limit: int
-    least: int
-    fixed: int
-    omega: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """What each row of a part receives and costs at each of its widths, in the space's order.
-
-    Attributes:
-        widths: Of the part's tables, shape (B,).
-        bits: The widest width on its menu that is no wider, else its narrowest, shape (R, B).
-        cost: At those bits, same shape.
-        omega: Ω at those bits, same shape.
-        amount: In units, shape (R,).
-        members: Groups of the whole space in each row.
-        owners: Layer, or tensor, of each row's first group.
-    """
-
-    widths: NDArray[np.int64]
-    bits: NDArray[np.int64]
-    cost: NDArray[np.int64]
-    omega: NDArray[np.float64]
-    amount: NDArray[np.int64]
-    members: Sequence[NDArray[np.int64]]
-    owners: Sequence[str]
-
-    @staticmethod
-    def of(ranked: Ranked, unit: Unit) -> "_Rows":
-        space = ranked.space
-        rows = merge_ties(space, ranked.sensitivity, ranked.cost)
-        allowed = np.isfinite(rows.sensitivity)
-        wider = np.maximum.accumulate(np.where(allowed, np.arange(allowed.shape[1]), -1), 1)
-        columns = np.where(wider < 0, allowed.argmax(1)[:, None], wider)
-        cost = np.take_along_axis(rows.cost, columns, 1)
-        falls = (np.diff(cost, axis=1) < 0).any(1)
-        if falls.any():
-            name = space.groups[rows.members[int(falls.argmax())][0]].name
-            raise ValueError(f"{name}: cost must not fall with the width, got one that does")
-        sizes = np.array([group.num_elements for group in space.groups], np.int64)
-        elements = [int(sizes[list(members)].sum()) for members in rows.members]
-        widths = np.array(space.widths, np.int64)
-        return _Rows(
-            widths=widths,
-            bits=widths[columns],
-            cost=cost,
-            omega=np.take_along_axis(rows.sensitivity, columns, 1),
-            amount=np.array(elements if unit == "weights" else [1] * len(elements), np.int64),
-            members=[ranked.groups[list(members)] for members in rows.members],
-            owners=[space.groups[members[0]].owner for members in rows.members],
-        )
-
-    @property
-    def is_free(self) -> NDArray[np.bool_]:
-        """Which rows have a choice, shape (R,)."""
-        return self.bits[:, 0] < self.bits[:, -1]
-
-    def steepness(self) -> NDArray[np.float64]:
-        """Return entry 8 of the observation for each row, shape (R,)."""
-        fall = self.omega[:, 0] - self.omega[:, -1]
-        spent = np.maximum(self.cost[:, -1] - self.cost[:, 0], 1)
-        counts = self.is_free & (fall > 0)
-        scale = np.zeros(len(fall))
-        if counts.any():
-            logs = np.log(fall[counts] / spent[counts])
-            span = np.ptp(logs)
-            scale[counts] = (logs - logs.min()) / span if span > 0 else 1
-        return scale
-
-    def walk(self, part: int, order: NDArray[np.int64]) -> _Walk:
-        """Lay out a walk of some rows in an order."""
-        bits, cost, omega = self.bits[order], self.cost[order], self.omega[order]
-        # Where no row receives more than at the next narrower width, there is nothing to choose.
-        columns = np.append(np.flatnonzero((np.diff(bits, axis=1) > 0).any(0))[::-1] + 1, 0)
-        members = [self.members[row] for row in order]
-        return _Walk(
-            part=part,
-            widths=self.widths[columns],
-            bits=bits[:, columns],
-            extra=_sums((cost - cost[:, :1])[:, columns].T),
-            relief=_sums((omega[:, :1] - omega)[:, columns].T),
-            least=_sums(cost[:, 0]),
-            amount=_sums(self.amount[order]),
-            steepness=self.steepness()[order],
-            groups=np.concatenate(members),
-            rows=np.repeat(np.arange(len(order)), [len(groups) for groups in members]),
-        )
-
-
-def _sums(table: NDArray[Any]) -> NDArray[Any]:
-    """Return the sums of the first k along the last axis, k from 0."""
-    return np.concatenate([np.zeros_like(table[..., :1]), np.cumsum(table, -1)], -1)
-
-
-def _walks(ranked: Ranked, rows: _Rows, part: int, scope: Scope) -> list[_Walk]:
-    """Lay out the walks of a part: none where nothing can be chosen."""
-    if sorted(ranked.order.tolist()) != list(range(len(rows.members))):
-        raise ValueError(f"order must hold each of {len(rows.members)} rows once")
-    order = ranked.order[rows.is_free[ranked.order]]
-    if not len(order):
-        return []
-    whole = rows.walk(part, order)
-    if len(order) < len(whole.widths):
-        raise ValueError(
-            f"channels must be at least as many as widths, got {len(order)} channels and "
-            f"{len(whole.widths)} widths"
-        )
-    if scope == "network":
-        return [whole]
-    owners = np.array(rows.owners)
-    layers = dict.fromkeys(owners[np.sort(order)].tolist())
-    return [rows.walk(part, order[owners[order] == layer]) for layer in layers]
-
-
-def _total(ranked: Ranked, rows: _Rows) -> _Part:
-    cost = rows.cost[:, 0]
-    if cost.sum() > ranked.limit:
-        raise InfeasibleBudgetError(ranked.limit, int(cost.sum()))
-    return _Part(
-        is_activations=_is_activations(ranked),
-        limit=ranked.limit,
-        least=int(cost.sum()),
-        fixed=int(cost[~rows.is_free].sum()),
-        omega=float(rows.omega[:, 0].sum()),
-    )
-
-
-def _is_activations(ranked: Ranked) -> bool:
-    return ranked.space.groups[0].name.startswith(PREFIX["activations"])
-
-
 def _check(space: Space, parts: Sequence[Ranked], unit: Unit, scope: Scope) -> None:
     for what, value, known in (("unit", unit, get_args(Unit)), ("scope", scope, get_args(Scope))):
         if value not in known:
@@ -530,13 +292,5 @@ def _check(space: Space, parts: Sequence[Ranked], unit: Unit, scope: Scope) -> N
         raise ValueError(
             f"parts must hold each of the space's {len(names)} groups once, got {len(held)}"
         )
-    if len({_is_activations(part) for part in parts}) < len(parts):
+    if len({part.is_activations for part in parts}) < len(parts):
         raise ValueError("parts must be the weights, the activations, or one of each")
-
-
-def _fraction(action: float) -> float:
-    fraction = float(action)
-    if isnan(fraction):
-        raise ValueError("action must be a number in 0..1, got nan")
-    # What an agent computed to be the end of the box may be a rounding error outside it.
-    return min(max(fraction, 0.0), 1.0)

@@ -6,7 +6,7 @@ what still is: all that comes later can then have its narrowest.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan, sqrt
+from math import sqrt
 from typing import Any
 
 import gymnasium
@@ -16,6 +16,7 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from envs.action import fraction
 from envs.picture import listing, picture
 from hawq.allocate import Budget, InfeasibleBudgetsError, Verdict
 from hawq.allocation import Allocation
@@ -115,7 +116,7 @@ class LayerBits(gymnasium.Env[Vector, Vector]):
             raise ValueError(f"actions must be {self.num_steps}, got {len(actions)}")
         choice = self._narrowest.copy()
         for row, action in zip(self._rows, actions, strict=True):
-            choice[row.groups] = self._picked(choice, row, _fraction(action))
+            choice[row.groups] = self._picked(choice, row, fraction(action))
         return self._allocation(choice)
 
     def actions_of(self, allocation: Allocation) -> list[float]:
@@ -152,7 +153,7 @@ class LayerBits(gymnasium.Env[Vector, Vector]):
     def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
         if self._step == self.num_steps:
             raise ResetNeeded("reset must be called before the first step of another episode")
-        self._action = _fraction(action[0])
+        self._action = fraction(action[0])
         row = self._rows[self._step]
         self._choice[row.groups] = self._picked(self._choice, row, self._action)
         self._step += 1
@@ -353,11 +354,3 @@ def _check(space: Space, features: NDArray[np.float32], budgets: Sequence[Budget
                 f"{budget.cost.name}: cost must have shape {expected}, "
                 f"got {budget.cost.steps.shape[1:]}"
             )
-
-
-def _fraction(action: float) -> float:
-    fraction = float(action)
-    if isnan(fraction):
-        raise ValueError("action must be a number in 0..1, got nan")
-    # What an agent computed to be the end of the box may be a rounding error outside it.
-    return min(max(fraction, 0.0), 1.0)

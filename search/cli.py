@@ -30,21 +30,24 @@ ConfigPath = Annotated[Path, typer.Argument(help="YAML file; make one with: hawq
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="KEY=VALUE, such as curvature.rtol=0.02")
 ]
+OutFolder = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run (default: runs/NAME_OF_CONFIG)")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster, HOST:PORT (default: start Ray here)")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Run stages again that a changed config invalidates")
+]
 
 
 @app.command()
 def run(
     config: ConfigPath,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run (default: runs/NAME_OF_CONFIG)")
-    ] = None,
+    out: OutFolder = None,
     overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster, HOST:PORT (default: start Ray here)")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Run stages again that a changed config invalidates")
-    ] = False,
+    address: Address = None,
+    force: Force = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved config and stop")
     ] = False,
@@ -96,16 +99,10 @@ def run(
 @app.command()
 def compare(
     config: ConfigPath,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run (default: runs/NAME_OF_CONFIG)")
-    ] = None,
+    out: OutFolder = None,
     overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster, HOST:PORT (default: start Ray here)")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Run stages again that a changed config invalidates")
-    ] = False,
+    address: Address = None,
+    force: Force = False,
     results: Annotated[
         Path | None,
         typer.Option(
@@ -165,9 +162,7 @@ def trace(
         typer.Option("--run", help="Folder of the run (default: runs/NAME_OF_CONFIG)"),
     ] = None,
     overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster, HOST:PORT (default: start Ray here)")
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Trace the Hessian of every layer, activation tensor or channel, with its errors."""
     from search.config_file import load_config  # noqa: PLC0415

@@ -10,7 +10,7 @@ from gymnasium.error import ResetNeeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.channel_ratios import ChannelRatios, Ranked
+from envs import ChannelRatios, Ranked
 from hawq.allocate import InfeasibleBudgetError
 from hawq.allocation import Allocation
 from hawq.cost import activation_bits, scale_bits, weight_bits

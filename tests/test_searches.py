@@ -14,6 +14,7 @@ from hawq.allocation import Allocation, by_group, by_owner
 from hawq.finetune import Recipe
 from hawq.space import Group, Space, quantizable_layers
 from search.evaluate import Evaluation
+from search.scorers import scored
 from search.scores import ScoreSpec
 from search.searchers import SEARCHERS, Problem, Reward, around
 from search.searchers.processes import MOST_REPEATS, Process, distinct
@@ -24,7 +25,6 @@ from search.searches import (
     run_search,
     run_searches,
 )
-from search.searches.evaluator import scored
 from search.searches.log import EvaluationLog
 from search.tasks.checkpoint import save_state
 

@@ -8,7 +8,8 @@ from typing import NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.channel_ratios import Scope, Unit
+from envs.ranked import Unit
+from envs.walk import Scope
 from hawq.allocate import Budget, Front, InfeasibleBudgetsError, Verdict, milp_solution
 from hawq.allocation import Allocation
 from hawq.cost import Cost

@@ -9,8 +9,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from envs.channel_ratios import ChannelRatios, Ranked
+from envs.channel_ratios import ChannelRatios
 from envs.layer_bits import LayerBits
+from envs.ranked import Ranked
 from hawq.allocate import Front
 from hawq.allocation import Allocation
 from hawq.ranking import ranking

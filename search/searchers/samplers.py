@@ -35,7 +35,7 @@ def sampler(name: SamplerName) -> Drive:
     ) -> Generator[Evaluation]:
         import optuna  # noqa: PLC0415 (takes a second)
 
-        from search.searches.evaluator import scored  # noqa: PLC0415 (Ray)
+        from search.scorers import scored  # noqa: PLC0415 (Ray)
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         env = process()
