@@ -4,14 +4,16 @@ Unknown keys are refused with the nearest known one. Strings may name environmen
 ``${HAWQ_DATA}``, or ``${HAWQ_DATA:-fallback}``.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from search.config import SearchConfig, suggestion
 from search.errors import InputError
@@ -50,6 +52,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
 
 def template() -> str:
     """Return a config for a first search of one's own, every key with its comment."""
+    plain = [n for n in SEARCHERS if not n.startswith("warm-") and not n.endswith("-layers")]
     head = (
         "# A search for mixed-precision bits. Run it with: hawq run THIS_FILE\n"
         "# Commented keys show their defaults.\n\n"
@@ -65,7 +68,8 @@ def template() -> str:
         "budgets:  # each with one limit or several: weight_mib, compression, average_bits, …\n"
         "  - average_bits: 3\n"
         "  - compression: 16\n\n"
-        f"methods: [uniform, hawq-v2, exact]  # of {', '.join(SEARCHERS)}\n"
+        f"methods: [uniform, hawq-v2, exact]  # of {', '.join(plain)}\n"
+        "# agents and samplers also with -layers, or warm- before\n"
     )
     sections = []
     for name in (
@@ -74,12 +78,17 @@ def template() -> str:
         "weights",
         "activations",
         "channels",
+        "searches",
+        "comparison",
         "calibration",
         "finetune",
+        "study",
         "trials",
         "workers",
+        "ray",
     ):
-        model = SearchConfig.model_fields[name].annotation
+        annotation = SearchConfig.model_fields[name].annotation
+        model = next((one for one in get_args(annotation) if one is not NoneType), annotation)
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         sections.append("\n" + "\n".join(_section(name, model, "# ")) + "\n")
@@ -94,7 +103,8 @@ def _section(name: str, model: type[BaseModel], indent: str) -> Iterator[str]:
         if isinstance(default, BaseModel):
             yield from _section(key, type(default), indent + "  ")
             continue
-        shown = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+        plain = TypeAdapter(Any).dump_python(default, mode="json")
+        shown = yaml.safe_dump(plain, default_flow_style=True, width=math.inf).splitlines()[0]
         note = f"  # {field.description}" if field.description else ""
         yield f"{indent}  {key}: {shown}{note}"
 
