@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from search.comparison.document import ComparisonDocument
 from search.comparison.families import family
-from search.comparison.phrases import listed, sides, spread
+from search.comparison.phrases import sides, spread
 from search.comparison.scale import accuracy_points
 from search.comparison.standings import Standing, hessian_beside
 from search.comparison.statistics import Interval
-from search.report.quantities import counted
+from search.report.quantities import counted, listed
 
 __all__ = ["accuracy", "finalist_leads", "worth", "written"]
 

@@ -3,14 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from search.comparison.statistics import Interval
-from search.report.quantities import significant
+from search.report.quantities import listed, significant
 
-__all__ = ["few", "listed", "sides", "spread"]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Join names: ``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
+__all__ = ["few", "sides", "spread"]
 
 
 def spread(values: Sequence[float], written: Callable[[float], str] = significant) -> str:

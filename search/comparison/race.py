@@ -10,11 +10,12 @@ import numpy as np
 
 from search.comparison.document import ComparisonDocument
 from search.comparison.families import warm_twin
-from search.comparison.phrases import few, listed, sides
+from search.comparison.phrases import few, sides
 from search.comparison.progress import evaluations_to_reach
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing, hessian_beside
 from search.comparison.statistics import MIN_SEEDS, Interval, median_lead, search_differences
+from search.report.quantities import listed
 
 __all__ = ["beside_the_hessian", "between_searches", "warm_starts"]
 

@@ -1,7 +1,7 @@
 """What a reader must know before believing the numbers."""
 
 from search.artefacts import EigenvalueDocument, Summary, TraceArtefact
-from search.report.quantities import count, counted, significant
+from search.report.quantities import count, counted, listed, significant
 from search.report.results import Result, results_by_budget
 from search.report.trace_caveats import iteration_caveats
 
@@ -163,7 +163,7 @@ def _channel_caveats(summary: Summary) -> list[str]:
     if not found:
         return []
     return [
-        f"Allocations of {' and '.join(found)} need a runtime that takes a width for every "
+        f"Allocations of {listed(list(found))} need a runtime that takes a width for every "
         "channel. Few do: elsewhere they are smaller files and no faster. The widths’ own bits are "
         "in the stored size, not in the size that a budget limits."
     ]

@@ -7,13 +7,13 @@ import numpy as np
 
 from search.comparison.document import ComparisonDocument
 from search.comparison.families import family
-from search.comparison.phrases import few, listed
+from search.comparison.phrases import few
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing
 from search.comparison.statistics import MIN_SEEDS
 from search.report.comparison_curves import Curve, cost_curve, evaluation_curve
 from search.report.comparison_fronts import Share
-from search.report.quantities import counted, percent, plus_minus, significant
+from search.report.quantities import counted, listed, percent, plus_minus, significant
 
 __all__ = [
     "compared",

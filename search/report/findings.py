@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from hawq.space import PREFIX, Kind
 from search.artefacts import Score, Summary, TestArtefact
-from search.report.quantities import count, counted, mib, percent, plus_minus, points, significant
+from search.report.quantities import (
+    count,
+    counted,
+    listed,
+    mib,
+    percent,
+    plus_minus,
+    points,
+    significant,
+)
 from search.report.results import (
     BudgetResults,
     Result,
@@ -104,7 +113,7 @@ def _channels(summary: Summary) -> str:
     if not found:
         return ""
     gives = "gives" if len(found) == 1 else "give"
-    return f" Of the methods, {' and '.join(found)} {gives} every channel bits of its own."
+    return f" Of the methods, {listed(list(found))} {gives} every channel bits of its own."
 
 
 def _activations(summary: Summary) -> str:

@@ -10,7 +10,7 @@ from hawq.space import Kind, Space
 from search.artefacts import CandidatesArtefact, FrontPoints
 from search.report.figures import MAX_FRONT_POINTS, fronts, num_hidden
 from search.report.palette import looks
-from search.report.quantities import counted, mib, significant
+from search.report.quantities import counted, listed, mib, significant
 from search.report.results import methods
 from search.report.template import fill
 
@@ -74,7 +74,7 @@ def _done(parts: Mapping[Kind, Space]) -> str:
         for kind, part in parts.items()
     ]
     return (
-        f"How little sensitivity Ω can be had at every size, for {' and '.join(of)}: by the tables "
+        f"How little sensitivity Ω can be had at every size, for {listed(of)}: by the tables "
         "of this run, with nothing fine-tuned and nothing measured anew."
     )
 

@@ -1,12 +1,14 @@
 """How the report writes quantities: one place decides digits and units."""
 
 import math
+from collections.abc import Sequence
 from datetime import datetime
 
 __all__ = [
     "count",
     "counted",
     "duration",
+    "listed",
     "mib",
     "moment",
     "percent",
@@ -86,3 +88,8 @@ def duration(seconds: float) -> str:
 def moment(iso: str) -> str:
     """Write a time in ISO 8601 to the minute: ``2025-03-04 05:06 UTC``."""
     return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M %Z").strip()
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])

@@ -127,6 +127,8 @@ def fronts(method: str, tables: Tables, channels: Tables | None = None) -> list[
         thinned to ``MAX_HULL_POINTS``, each of which is an allocation.
     """
     searcher, kinds = SEARCHERS[method], get_args(Kind)
+    if searcher.needs_scores:
+        return []  # what a search tries is known for its budget alone
     if searcher.by_channel:
         hulls = [_hull(method, channels, kind) for kind in kinds if channels is not None]
         return [hull for hull in hulls if hull is not None]
