@@ -140,6 +140,15 @@ class ActivationQuantizer(nn.Module):
         self.calibrated.fill_(True)
         self._codes = None
 
+    @torch.no_grad()
+    def take(self, other: "ActivationQuantizer", channels: Tensor) -> None:
+        """Take the ranges of some channels over from another quantizer of the same tensor."""
+        self.scale[channels] = other.scale[channels]
+        self.zero_point[channels] = other.zero_point[channels]
+        self.signed.copy_(other.signed)
+        self.calibrated.copy_(other.calibrated)
+        self._codes = None
+
     def forget(self) -> None:
         """Pass values through again, until the next calibration."""
         self.calibrated.fill_(False)

@@ -1,14 +1,15 @@
 """A network quantized in one way after another, each in a fraction of a forward pass.
 
 What an allocation does to a weight or a range depends on that layer's or tensor's bits alone, so
-both are made once and kept. Weights are assigned, bit for bit what ``attach`` makes of them;
+both are made once and kept; where channels have bits of their own each is fitted by itself, so what
+is kept is every channel at each width. Weights are assigned, bit for bit what ``attach`` makes of them;
 ranges of activations come from the unquantized network, so that they need no pass over the data of
 their own. (A trial calibrates them behind quantized weights.)
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,11 @@ class Requantized:
         found = self._kept_weights.get((name, width))
         if found is None:
             plain = self._originals[name]
+            if _is_mixed(width):
+                found = plain.clone()
+                for b, own in _channels(width).items():
+                    found[own] = self._quantized(name, (b,) * len(plain))[own]
+                return found
             found = WeightQuantizer(plain, width, self._schemes.weights)(plain).detach()
             size = found.numel() * found.element_size()
             self._kept_weights.add((name, width), found, size)
@@ -127,6 +133,10 @@ class Requantized:
             num_channels = like.scale.numel() if like.scale.ndim else None
             found = ActivationQuantizer(width, like.name, like.axis, like.scheme, num_channels)
             found.to(like.scale.device).train(like.training)
+            if _is_mixed(width):
+                for b, own in _channels(width).items():
+                    found.take(self._ranged(like, (b,) * len(found.scale)), own)
+                return found
             values = self._samples.get((like.name, not isinstance(width, int)))
             if values is not None:  # else nothing read it: it passes through, as attach leaves it
                 found.calibrate(values)
@@ -153,6 +163,16 @@ class _Kept(Generic[Value]):
         while self._room < 0 and len(self._values) > 1:
             _, (_, freed) = self._values.popitem(last=False)
             self._room += freed
+
+
+def _is_mixed(width: Bits) -> TypeGuard[tuple[int, ...]]:
+    return not isinstance(width, int) and len(set(width)) > 1
+
+
+def _channels(widths: tuple[int, ...]) -> dict[int, Tensor]:
+    """Return the places of the channels of each width."""
+    every = torch.tensor(widths)
+    return {b: (every == b).nonzero().flatten() for b in sorted(set(widths))}
 
 
 def _kinds(bits: Mapping[str, Bits]) -> dict[str, bool]:
