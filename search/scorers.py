@@ -11,9 +11,16 @@ from ray.exceptions import RayActorError
 from hawq.allocation import Allocation
 from search.evaluate import Evaluate, Evaluation
 
-__all__ = ["scored"]
+__all__ = ["evaluated", "scored"]
 
 _RESTARTS = 3
+
+
+@ray.remote(max_retries=3)
+def evaluated(evaluate: Evaluate, allocation: Allocation, cpus: float) -> Evaluation:
+    """Score one allocation in another process."""
+    torch.set_num_threads(max(1, int(cpus)))
+    return evaluate(allocation)
 
 
 class Scorer:

@@ -220,6 +220,8 @@ def test_a_finished_search_is_not_searched_again(tmp_path):
         raise AssertionError("nothing is to be scored")
 
     assert run_search(spec, replace(problem, evaluate=refuse)) == first
+    spec.record.unlink()  # killed between the last score and the record
+    assert run_search(spec, replace(problem, evaluate=refuse)) == first
     other = replace(spec, inputs="others")
     with pytest.raises(EvaluationFailedError):
         run_search(other, replace(problem, evaluate=refuse))

@@ -2,9 +2,9 @@
 
 What an allocation does to a weight or a range depends on that layer's or tensor's bits alone, so
 both are made once and kept; where channels have bits of their own each is fitted by itself, so what
-is kept is every channel at each width. Weights are assigned, bit for bit what ``attach`` makes of them;
-ranges of activations come from the unquantized network, so that they need no pass over the data of
-their own. (A trial calibrates them behind quantized weights.)
+is kept is every channel at each width. Weights are assigned, bit for bit what ``attach`` makes of
+them; ranges of activations come from the unquantized network, so that they need no pass over the
+data of their own. (A trial calibrates them behind quantized weights.)
 """
 
 from collections import OrderedDict

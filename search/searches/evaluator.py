@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 
 import ray
-import torch
 from torch import Tensor
 
 from hawq.allocation import Allocation
 from hawq.finetune import Recipe
 from search.evaluate import Evaluate, Evaluation, evaluation_key
+from search.scorers import evaluated
 from search.scores import ScoreSpec
 from search.tasks.checkpoint import read_state, state_sha256
 from search.trials import TrialSpec, read_trial, run_trial
@@ -135,12 +135,6 @@ class Retried:
     def _elsewhere(self, allocation: Allocation) -> Evaluation:
         if not ray.is_initialized():  # a search without a cluster has nowhere else
             return self.evaluate(allocation)
-        remote = _evaluated.options(num_cpus=self.cpus, num_gpus=self.gpus)
+        remote = evaluated.options(num_cpus=self.cpus, num_gpus=self.gpus)
         found: Evaluation = ray.get(remote.remote(self.evaluate, allocation, self.cpus))
         return found
-
-
-@ray.remote(max_retries=1, max_calls=1)
-def _evaluated(evaluate: Evaluate, allocation: Allocation, cpus: float) -> Evaluation:
-    torch.set_num_threads(max(1, int(cpus)))
-    return evaluate(allocation)

@@ -100,27 +100,33 @@ def run_search(spec: SearchSpec, problem: Problem) -> SearchRecord:
     effort = replace(problem.effort, checkpoint=spec.folder / "agent")
     evaluate = Retried(problem.evaluate, failures, cpus=effort.cpus, gpus=effort.gpus)
     problem = replace(problem, evaluate=evaluate, effort=effort)
-    searcher = SEARCHERS[spec.method]
+    if len(log.found) < spec.evaluations:
+        _go_on(spec, problem, log)
+    record = _record(spec, log, _reasons(failures))
+    write_atomically(spec.record, record.model_dump_json())
+    (spec.folder / "agent").unlink(missing_ok=True)
+    return record
+
+
+def _go_on(spec: SearchSpec, problem: Problem, log: EvaluationLog) -> None:
+    """Search until the evaluations are spent, or the method has nothing more to say."""
     known = {found.digest for found in log.found}
     spent = log.found[-1].seconds if log.found else 0.0
     began = time.process_time()
-    with closing(_searched(searcher.search, problem, spec)) as evaluations:
+    with closing(_searched(SEARCHERS[spec.method].search, problem, spec)) as evaluations:
         for evaluation in evaluations:
+            own = time.process_time() - began
+            began += own
             # Agents go on, samplers begin again and find what they scored: nothing is paid twice.
             if evaluation.allocation.digest in known:
                 continue
             known.add(evaluation.allocation.digest)
             # A score is charged what it cost when it was computed, whoever computed it.
-            here = 0.0 if effort.runners else evaluation.spent
-            spent += time.process_time() - began - here + evaluation.seconds
-            began = time.process_time()
+            here = 0.0 if problem.effort.runners else evaluation.spent
+            spent += own - here + evaluation.seconds
             log.add(_scored(problem, evaluation, spent), evaluation)
             if len(log.found) >= spec.evaluations:
-                break
-    record = _record(spec, log, _reasons(failures))
-    write_atomically(spec.record, record.model_dump_json())
-    (spec.folder / "agent").unlink(missing_ok=True)
-    return record
+                return
 
 
 def _searched(

@@ -18,8 +18,9 @@ from hawq.allocation import Allocation
 from hawq.finetune import evaluate
 from search.artefacts import Candidate
 from search.config import ComparisonConfig, RecipeConfig
-from search.evaluate import Evaluate, Evaluation
+from search.evaluate import Evaluation
 from search.folder import content_hash
+from search.scorers import evaluated
 from search.searched import AgreementArtefact, AgreementPoint, HessianChoice, ScoredAllocation
 from search.searchers import SEARCHERS, Problem, around
 from search.searchers.processes import Process
@@ -99,7 +100,7 @@ def _of(search: Search, candidate: Candidate) -> tuple[Tables, Allocation]:
 def _scored(search: Search, wanted: list[tuple[Tables, Allocation]]) -> list[Evaluation]:
     """Score allocations on the cluster."""
     own = search.config.searches
-    remote = _evaluated.options(num_cpus=own.cpus, num_gpus=own.gpus)
+    remote = evaluated.options(num_cpus=own.cpus, num_gpus=own.gpus)
     asked = [remote.remote(evaluator(search, t), a, own.cpus) for t, a in wanted]
     for done in range(1, len(asked) + 1):
         ray.wait(asked, num_returns=done)
@@ -107,12 +108,6 @@ def _scored(search: Search, wanted: list[tuple[Tables, Allocation]]) -> list[Eva
     found: list[Evaluation] = ray.get(asked)
     search.worker_cpu_seconds += sum(evaluation.seconds for evaluation in found)
     return found
-
-
-@ray.remote(max_retries=3)
-def _evaluated(score: Evaluate, allocation: Allocation, cpus: float) -> Evaluation:
-    torch.set_num_threads(max(1, int(cpus)))
-    return score(allocation)
 
 
 def _unquantized(search: Search) -> torch.Tensor:
