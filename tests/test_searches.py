@@ -16,7 +16,7 @@ from hawq.space import Group, Space, quantizable_layers
 from search.evaluate import Evaluation
 from search.scorers import scored
 from search.scores import ScoreSpec
-from search.searchers import SEARCHERS, Problem, Reward, around
+from search.searchers import SEARCHERS, Effort, Problem, Reward, around
 from search.searchers.processes import MOST_REPEATS, Process, distinct
 from search.searches import (
     EvaluationFailedError,
@@ -340,8 +340,7 @@ def test_searches_run_side_by_side_find_what_they_find_alone(ray_cluster, tmp_pa
     found = run_searches(
         specs,
         {("b", True): problem},
-        cpus=1,
-        gpus=0,
+        effort=problem.effort,
         progress=lambda *how: told.append(how),
     )
     alone = [
@@ -352,6 +351,18 @@ def test_searches_run_side_by_side_find_what_they_find_alone(ray_cluster, tmp_pa
         [e.digest for e in r.evaluations] for r in alone
     ]
     assert told[-1] == (36, 36)
+
+
+@pytest.mark.ray
+def test_searches_with_runners_of_their_own_do_not_wait_for_each_other(ray_cluster, tmp_path):
+    effort = Effort(runners=2, cpus=0.9)
+    problem = replace(make_problem("tpe"), effort=effort)
+    methods = ["tpe", "cw-hawq", "hill-climbing"]
+    specs = [make_spec(method, tmp_path / method, 6) for method in methods]
+    found = run_searches(specs, {("b", True): problem}, effort=effort)
+    assert [(record.method, len(record.evaluations)) for record in found] == [
+        (method, 6) for method in methods
+    ]
 
 
 @pytest.mark.ray

@@ -17,7 +17,7 @@ from hawq.allocation import Allocation, by_owner
 from search.evaluate import Evaluation
 from search.folder import write_atomically
 from search.searched import ScoredAllocation, SearchRecord
-from search.searchers import SEARCHERS, Problem
+from search.searchers import SEARCHERS, Effort, Problem
 from search.searchers.climbing import ClimbingSearcher
 from search.searchers.processes import ProcessSearcher
 from search.searches.evaluator import Retried
@@ -26,6 +26,8 @@ from search.searches.log import EvaluationLog
 __all__ = ["SearchFailedError", "SearchSpec", "read_record", "run_search", "run_searches"]
 
 _POLL_SECONDS = 1.0
+# Of a search whose runners do the work.
+_DRIVER_CPUS = 0.1
 
 
 class SearchFailedError(RuntimeError):
@@ -192,8 +194,7 @@ def run_searches(
     specs: Sequence[SearchSpec],
     problems: Mapping[tuple[str, bool], Problem],
     *,
-    cpus: float,
-    gpus: float,
+    effort: Effort,
     progress: Callable[[int, int], None] = lambda *_: None,
     finished: Callable[[SearchRecord], None] = lambda _: None,
 ) -> list[SearchRecord]:
@@ -202,8 +203,7 @@ def run_searches(
     Args:
         specs: The searches.
         problems: By the label of the budget and whether channels are searched.
-        cpus: Of a search that scores in its own process.
-        gpus: Likewise.
+        effort: What scores for a search, and what that takes; as the problems have it.
         progress: Told how many evaluations are done, of how many.
         finished: Given each record as it comes.
 
@@ -216,20 +216,20 @@ def run_searches(
     """
     shared = {key: ray.put(problem) for key, problem in problems.items()}
     total = sum(spec.evaluations for spec in specs)
-    pending = {}
-    for i, spec in enumerate(specs):
-        key = (spec.budget, SEARCHERS[spec.method].by_channel)
-        scores_here = not problems[key].effort.runners
-        # With runners of its own, a search does little itself.
-        remote = _run_search.options(
-            name=f"search:{spec.method}",
-            num_cpus=cpus if scores_here else 0.1,
-            num_gpus=gpus if scores_here else 0,
-        )
-        pending[remote.remote(spec, shared[key], cpus)] = i
+    waiting, pending = list(enumerate(specs)), {}
     records: dict[int, SearchRecord] = {}
     try:
-        while pending:
+        while waiting or pending:
+            while waiting and _fits([specs[i] for i in pending.values()], waiting[0][1], effort):
+                i, spec = waiting.pop(0)
+                alone = _is_alone(spec, effort)
+                remote = _run_search.options(
+                    name=f"search:{spec.method}",
+                    num_cpus=effort.cpus if alone else _DRIVER_CPUS,
+                    num_gpus=effort.gpus if alone else 0,
+                )
+                problem = shared[spec.budget, SEARCHERS[spec.method].by_channel]
+                pending[remote.remote(spec, problem, effort.cpus)] = i
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
             for reference in ready:
                 i = pending.pop(reference)
@@ -240,6 +240,28 @@ def run_searches(
         for reference in pending:
             ray.cancel(reference, force=True)
     return [records[i] for i in range(len(specs))]
+
+
+def _is_alone(spec: SearchSpec, effort: Effort) -> bool:
+    """Whether a search scores in its own process: a climber's next step needs its last score."""
+    return not effort.runners or isinstance(SEARCHERS[spec.method], ClimbingSearcher)
+
+
+def _fits(running: Sequence[SearchSpec], more: SearchSpec, effort: Effort) -> bool:
+    """Whether the cluster holds another search with all of its runners.
+
+    Ray would start it as soon as the driver fits: searches that hold a part of their runners each
+    would wait for one another for ever.
+    """
+    if not running:
+        return True
+    have: dict[str, float] = ray.cluster_resources()
+    searches = [*running, more]
+    processes = sum(1 if _is_alone(spec, effort) else effort.runners for spec in searches)
+    drivers = sum(not _is_alone(spec, effort) for spec in searches)
+    return processes * effort.cpus + drivers * _DRIVER_CPUS <= have.get(
+        "CPU", 0.0
+    ) and processes * effort.gpus <= have.get("GPU", 0.0)
 
 
 def _result(spec: SearchSpec, reference: Any) -> SearchRecord:

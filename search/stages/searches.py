@@ -39,7 +39,6 @@ def _config(search: Search) -> dict[str, Any]:
 def make(search: Search) -> SearchesArtefact:
     """Search, as much at once as fits the cluster."""
     config = search.config
-    own = config.searches
     specs = list(_specs(search))
     wanted = {(spec.budget, SEARCHERS[spec.method].by_channel) for spec in specs}
     problems = {
@@ -51,8 +50,7 @@ def make(search: Search) -> SearchesArtefact:
     records = run_searches(
         specs,
         problems,
-        cpus=own.cpus,
-        gpus=own.gpus,
+        effort=_effort(search),
         progress=lambda done, total: search.progress("searches", done, total, "evaluations"),
         finished=lambda r: search.events.emit(
             "searches", "note", f"{r.method} at {r.budget}, seed {r.seed}: {r.best.score:.4f}"
@@ -101,7 +99,7 @@ def problem(search: Search, budget: Budget, by_channel: bool) -> Problem:
         reward=_reward(search, tables),
         ratios=Ratios(own.ranking, own.unit, own.scope),
         features=None if by_channel else layer_features(tables.space, search.reads),
-        effort=Effort(own.runners, own.cpus, own.gpus),
+        effort=_effort(search),
     )
 
 
@@ -119,6 +117,11 @@ def evaluator(search: Search, tables: Tables) -> Evaluate:
         device="cuda" if own.gpus and torch.cuda.is_available() else "cpu",
     )
     return TrainedScores(spec, own.finetune.recipe()) if own.finetune else CheapScores(spec)
+
+
+def _effort(search: Search) -> Effort:
+    own = search.config.searches
+    return Effort(own.runners, own.cpus, own.gpus)
 
 
 def _reward(search: Search, tables: Tables) -> Reward:
