@@ -216,7 +216,8 @@ def run_searches(
     """
     shared = {key: ray.put(problem) for key, problem in problems.items()}
     total = sum(spec.evaluations for spec in specs)
-    waiting, pending = list(enumerate(specs)), {}
+    waiting = list(enumerate(specs))
+    pending: dict[Any, int] = {}
     records: dict[int, SearchRecord] = {}
     try:
         while waiting or pending:
