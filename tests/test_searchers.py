@@ -23,7 +23,6 @@ from search.evaluate import Evaluation, evaluation_key
 from search.searchers import SEARCHERS, Problem
 from search.tables import Tables
 
-
 # Those that score what they try: test_searches.py.
 UNSCORED = [name for name, searcher in SEARCHERS.items() if not searcher.needs_scores]
 
