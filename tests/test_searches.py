@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 from oracles import TinyTask
 from test_searchers import make_tables
 
@@ -27,6 +29,9 @@ from search.searches import (
 )
 from search.searches.log import EvaluationLog
 from search.tasks.checkpoint import save_state
+
+# Ray's workers cannot import it.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SAMPLERS = ["random", "tpe", "cma-es", "nsga2"]
 CLIMBERS = ["hill-climbing", "hill-climbing-layers"]
@@ -283,10 +288,13 @@ class Flaky:
         return self.tables.proxy(allocation)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("how", "reason"), [("raises", "OSError: are gone"), ("says", "not finite")]
 )
-def test_a_score_that_fails_once_is_recorded_and_repeated(tmp_path, how, reason):
+def test_a_score_that_fails_once_is_recorded_and_repeated_elsewhere(
+    ray_cluster, tmp_path, how, reason
+):
     problem = make_problem("random")
     flaky = replace(problem, evaluate=Flaky(problem.tables, tmp_path, 1, how))
     record = run_search(make_spec("random", tmp_path / "s", 3), flaky)

@@ -122,8 +122,9 @@ class Retried:
         try:
             found = evaluate(allocation)
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            reason = f"{type(error).__name__}: {lines[-1]}"
+            cause = getattr(error, "cause", error)  # of a worker's, which carries its own trace
+            lines = str(cause).strip().splitlines() or [""]
+            reason = f"{type(cause).__name__}: {lines[-1]}"
             found = Evaluation(allocation, float("-inf"), "none", status="failed", reason=reason)
         if found.status == "failed":
             told = {"digest": allocation.digest, "bits": allocation.bits, "reason": found.reason}
