@@ -364,7 +364,7 @@ def results(
     ],
 ) -> None:
     """Print what a comparison found, in markdown: tables, paired differences, and their errors."""
-    from search.compare_command import is_comparison, read_comparison  # noqa: PLC0415
+    from search.comparison.file import is_comparison, read_comparison  # noqa: PLC0415
     from search.comparison.text import comparison_text  # noqa: PLC0415
     from search.results_command import results_text  # noqa: PLC0415
     from search.results_file import read_results  # noqa: PLC0415

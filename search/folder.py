@@ -9,6 +9,8 @@
     study.json             study/optuna.db, study/NUMBER-DIGEST-HASH/: where a study was asked for
     best/                  the best epoch so far: model.safetensors, allocation.json
     tune/                  Ray's own files of every trial; tensorboard --logdir reads them
+    searches.json          searches/METHOD-BUDGET-SEED/: evaluations.jsonl, record.json
+    agreement.json         comparison.json, comparison.html: where searches are compared
     summary.json           everything above as data; report.html: the same to look at
     events.jsonl           what happened
 

@@ -39,6 +39,7 @@ from search.artefacts import (
     TrialsArtefact,
 )
 from search.cluster import connected, refuse_unreachable
+from search.comparison.file import write_comparison
 from search.comparison.making import compared
 from search.config import Budget, SearchConfig
 from search.errors import InputError
@@ -47,7 +48,7 @@ from search.fit import refuse_impossible
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
 from search.report import write_report
-from search.report.comparison_page import write_comparison
+from search.report.comparison_page import write_comparison_page
 from search.searched import AgreementArtefact, SearchesArtefact
 from search.searches import SearchFailedError
 from search.spaces import reads_of, space_of
@@ -352,6 +353,8 @@ def _report(search: Search, name: str) -> Summary:
     report = write_report(folder.path, summary)
     search.events.emit("report", "finished", str(report))
     if search.config.comparison:
-        page = write_comparison(folder.path, compared(folder.path, name))
+        found = compared(folder.path, name)
+        write_comparison(folder.path / "comparison.json", found)
+        page = write_comparison_page(folder.path, found)
         search.events.emit("report", "finished", str(page))
     return summary

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from search.cli import main
-from search.compare_command import compare, is_comparison, read_comparison
+from search.compare_command import compare
+from search.comparison.file import is_comparison, read_comparison
 from search.comparison.making import compared
 from search.config_file import load_config
 from search.errors import InputError
@@ -83,6 +84,8 @@ def test_what_is_kept_is_what_the_folder_says(finished):
     folder, found = finished
     kept = read_comparison(folder / "tiny.comparison.json")
     assert kept == found
+    whole = read_comparison(folder / "run" / "comparison.json")
+    assert whole == found.model_copy(update={"finished": whole.finished})
     assert is_comparison(folder / "tiny.comparison.json")
     again = compared(folder / "run", "tiny")
     assert again == found.model_copy(update={"finished": again.finished})

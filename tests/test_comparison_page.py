@@ -26,7 +26,7 @@ from search.report.comparison_findings import (
 )
 from search.report.comparison_fronts import covered
 from search.report.comparison_looks import comparison_looks
-from search.report.comparison_page import render_comparison, write_comparison
+from search.report.comparison_page import render_comparison, write_comparison_page
 
 SCALE = Scale("batch_norm")
 SMALL = {"methods": ("cw-hawq", "tpe"), "num_seeds": 3, "length": 40}
@@ -39,7 +39,7 @@ def looks_of(document: ComparisonDocument) -> Any:
 
 def test_the_page_is_written_into_the_folder(tmp_path):
     document = make_comparison(**SMALL)
-    path = write_comparison(tmp_path, document)
+    path = write_comparison_page(tmp_path, document)
     assert path == tmp_path / "comparison.html"
     assert path.read_text(encoding="utf-8") == render_comparison(document)
 

@@ -29,7 +29,7 @@ from search.report.comparison_fronts import covered, size_and_score
 from search.report.comparison_looks import comparison_looks
 from search.report.template import fill
 
-__all__ = ["render_comparison", "write_comparison"]
+__all__ = ["render_comparison", "write_comparison_page"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class _Panel:
     height: int
 
 
-def write_comparison(folder: Path, document: ComparisonDocument) -> Path:
+def write_comparison_page(folder: Path, document: ComparisonDocument) -> Path:
     """Write a comparison's page, ``comparison.html``.
 
     Args:
