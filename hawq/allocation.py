@@ -58,6 +58,16 @@ class Allocation:
                 raise ValueError(f"tied groups must receive the same bits, got {tied}")
         return Allocation(space.names, values, space.fingerprint)
 
+    @staticmethod
+    def least(space: Space) -> "Allocation":
+        """Give every group the least bits that its menu and its tie allow."""
+        return Allocation.of(space, _ends(space, 0))
+
+    @staticmethod
+    def most(space: Space) -> "Allocation":
+        """Give every group the most bits that its menu and its tie allow."""
+        return Allocation.of(space, _ends(space, -1))
+
     @property
     def digest(self) -> str:
         """A hash of the names and bits: equal choices have equal digests."""
@@ -96,6 +106,14 @@ class Allocation:
                 f"got one of {data['space']}"
             )
         return Allocation.of(space, data["bits"])
+
+
+def _ends(space: Space, end: int) -> list[int]:
+    bits = [0] * len(space)
+    for members in space.rows():
+        for i in members:
+            bits[i] = space.menu_of(members)[end]
+    return bits
 
 
 def by_owner(bits: Mapping[str, int]) -> dict[str, Bits]:

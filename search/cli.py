@@ -1,4 +1,7 @@
-"""The command line: ``hawq``."""
+"""The command line: ``hawq``.
+
+A command imports what it needs when it is called: torch takes seconds, and --help should not.
+"""
 
 import errno
 import json
@@ -57,18 +60,18 @@ def run(
     ] = None,
 ) -> None:
     """Search: traces, fronts, candidates, fine-tuning, report. Run again to go on."""
-    from search.config_file import load_config  # noqa: PLC0415  torch takes seconds; --help should not
+    from search.config_file import load_config
 
     extra = [f"ray.address={json.dumps(address)}"] if address is not None else []
     loaded = load_config(config, [*(overrides or []), *extra])
     if print_config:
         typer.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), nl=False)
         return
-    from search.checkout import noting_commits  # noqa: PLC0415
-    from search.pipeline import run as run_search  # noqa: PLC0415
-    from search.results_file import read_results  # noqa: PLC0415
-    from search.results_record import record, typed  # noqa: PLC0415
-    from search.terminal import LiveView, result_table  # noqa: PLC0415
+    from search.checkout import noting_commits
+    from search.pipeline import run as run_search
+    from search.results_file import read_results
+    from search.results_record import record, typed
+    from search.terminal import LiveView, result_table
 
     folder = out or Path("runs") / config.stem
     if results is not None and results.exists():
@@ -111,9 +114,9 @@ def compare(
     ] = None,
 ) -> None:
     """Compare ways of searching: methods x budgets x seeds, then each method's best, fine-tuned."""
-    from search.compare_command import compare as run_comparison  # noqa: PLC0415
-    from search.comparison.text import comparison_text  # noqa: PLC0415
-    from search.terminal import LiveView  # noqa: PLC0415
+    from search.compare_command import compare as run_comparison
+    from search.comparison.text import comparison_text
+    from search.terminal import LiveView
 
     extra = [f"ray.address={json.dumps(address)}"] if address is not None else []
     folder = out or Path("runs") / config.stem
@@ -165,7 +168,7 @@ def trace(
     address: Address = None,
 ) -> None:
     """Trace the Hessian of every layer, activation tensor or channel, with its errors."""
-    from search.config_file import load_config  # noqa: PLC0415
+    from search.config_file import load_config
 
     if estimator == "eigenvalue" and (of, granularity) != ("weights", "layer"):
         raise InputError(
@@ -186,14 +189,14 @@ def trace(
     if max_probes is not None and max_probes < 4:
         extra.append(f"curvature.probes_per_unit={max(2, max_probes)}")
     loaded = load_config(config, [*(overrides or []), *extra])
-    from search.folder import write_atomically  # noqa: PLC0415
-    from search.report import (  # noqa: PLC0415
+    from search.folder import write_atomically
+    from search.report import (
         render_eigenvalues,
         render_traces,
         rewrite_report,
     )
-    from search.terminal import LiveView, eigenvalue_table, trace_table  # noqa: PLC0415
-    from search.trace_documents import trace_blocks, trace_network  # noqa: PLC0415
+    from search.terminal import LiveView, eigenvalue_table, trace_table
+    from search.trace_documents import trace_blocks, trace_network
 
     run_folder = folder or Path("runs") / config.stem
     path = out or run_folder / f"{'eigenvalues' if estimator == 'eigenvalue' else 'traces'}.json"
@@ -262,9 +265,9 @@ def profile(
     ] = None,
 ) -> None:
     """Price every layer at every width: measured here, or by a machine's peak rates."""
-    from search.profile_command import latency_view  # noqa: PLC0415
-    from search.profile_command import profile as profile_network  # noqa: PLC0415
-    from search.terminal import LiveView  # noqa: PLC0415
+    from search.profile_command import latency_view
+    from search.profile_command import profile as profile_network
+    from search.terminal import LiveView
 
     path = out or Path("runs") / config.stem / "latency.json"
     with LiveView(_out) as view:
@@ -315,10 +318,10 @@ def allocate(
     out: Annotated[Path | None, typer.Option(help="JSON file for the allocation")] = None,
 ) -> None:
     """Choose bits for another budget from a run's tables: no probes, no training."""
-    from search.allocate_command import allocate as solve  # noqa: PLC0415
-    from search.allocate_command import allocation_view  # noqa: PLC0415
-    from search.folder import write_atomically  # noqa: PLC0415
-    from search.searchers import Rules  # noqa: PLC0415
+    from search.allocate_command import allocate as solve
+    from search.allocate_command import allocation_view
+    from search.folder import write_atomically
+    from search.searchers import Rules
 
     found, tables = solve(
         run,
@@ -331,7 +334,7 @@ def allocate(
     )
     _out.print(allocation_view(found, tables))
     if score:
-        from search.score_command import score_candidate, score_spec, score_view  # noqa: PLC0415
+        from search.score_command import score_candidate, score_spec, score_view
 
         scored = score_candidate(score_spec(run, num_examples=score_examples), found, tables)
         _out.print(Text(score_view(run, scored)))
@@ -348,7 +351,7 @@ def front(
     ] = None,
 ) -> None:
     """Draw what every method offers at every size, from what a run has traced."""
-    from search.front_command import front_page  # noqa: PLC0415
+    from search.front_command import front_page
 
     _out.print(Text(f"Fronts: {front_page(run, out)}"), soft_wrap=True)
 
@@ -364,10 +367,10 @@ def results(
     ],
 ) -> None:
     """Print what a comparison found, in markdown: tables, paired differences, and their errors."""
-    from search.comparison.file import is_comparison, read_comparison  # noqa: PLC0415
-    from search.comparison.text import comparison_text  # noqa: PLC0415
-    from search.results_command import results_text  # noqa: PLC0415
-    from search.results_file import read_results  # noqa: PLC0415
+    from search.comparison.file import is_comparison, read_comparison
+    from search.comparison.text import comparison_text
+    from search.results_command import results_text
+    from search.results_file import read_results
 
     if is_comparison(file):
         typer.echo(comparison_text(read_comparison(file)))
@@ -380,7 +383,7 @@ def init(
     path: Annotated[Path, typer.Argument(help="File to write")] = Path("search.yaml"),
 ) -> None:
     """Write a commented config for a search of your own."""
-    from search.config_file import template  # noqa: PLC0415
+    from search.config_file import template
 
     if path.exists():
         raise InputError(f"{path}: must not exist yet, got a file: choose another name")
@@ -395,8 +398,8 @@ def schema(
     ] = "config",
 ) -> None:
     """Print a JSON Schema."""
-    from search.artefacts import Summary  # noqa: PLC0415
-    from search.config import SearchConfig  # noqa: PLC0415
+    from search.artefacts import Summary
+    from search.config import SearchConfig
 
     model = SearchConfig if of == "config" else Summary
     typer.echo(json.dumps(model.model_json_schema(), indent=2, ensure_ascii=False))
@@ -407,7 +410,7 @@ def doctor(
     address: Annotated[str | None, typer.Option(help="Ray cluster to reach, HOST:PORT")] = None,
 ) -> None:
     """Say what this machine has, and what each optional part still needs."""
-    from search.doctor import examine  # noqa: PLC0415
+    from search.doctor import examine
 
     with _err.status("starting Ray"):
         checks = examine(address)

@@ -52,7 +52,7 @@ def compare(
             write_comparison(kept, compared(out, path.stem))
 
     run(config, out, name=path.stem, force=force, listeners=[view, keep])
-    found = compared(out, path.stem)
+    found = read_comparison(out / "comparison.json")
     if kept is not None:
         write_comparison(kept, found)
     return found

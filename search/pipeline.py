@@ -265,7 +265,7 @@ def _refuse_recipe(task: Task, recipe: Recipe, path: str) -> None:
 
 def _refuse_infeasible(space: Space, costs: Mapping[str, Cost], budget: Budget, path: str) -> None:
     """Refuse a limit that no allocation is within, or that every one is."""
-    ends = [Allocation.of(space, _ends(space, end)) for end in (0, -1)]
+    ends = (Allocation.least(space), Allocation.most(space))
     for name, limit in budget.limits(space).items():
         if name not in costs:
             raise InputError(f"{path}: {name} is not known where no activation is quantized")
@@ -278,15 +278,6 @@ def _refuse_infeasible(space: Space, costs: Mapping[str, Cost], budget: Budget, 
             f"{path}: must be within {within} (all at their least … at their most bits), "
             f"got {budget.in_own_unit(space, name, limit)}"
         )
-
-
-def _ends(space: Space, end: int) -> list[int]:
-    """Return the least or the most bits of every group, ties kept."""
-    bits = [0] * len(space)
-    for members in space.rows():
-        for i in members:
-            bits[i] = space.menu_of(members)[end]
-    return bits
 
 
 def _refuse_changes(search: Search, stages: Sequence[Stage]) -> None:

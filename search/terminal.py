@@ -19,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hawq.cost import FLOAT_BITS, mib
-from search.artefacts import Candidate, EigenvalueDocument, Score, Summary, TraceDocument
+from search.artefacts import Candidate, Score, Summary
 from search.events import Event
 from search.report.study_findings import recipe_chosen
+from search.traced import EigenvalueDocument, TraceDocument
 
 __all__ = ["LiveView", "eigenvalue_table", "result_table", "trace_table"]
 

@@ -7,12 +7,6 @@ from typing import Any
 
 from hawq.curvature import Granularity, Subject
 from hawq.curvature.blocks import grouped_blocks, residual_blocks
-from search.artefacts import (
-    EigenvalueDocument,
-    LossSurface,
-    TraceDocument,
-    TraceGroup,
-)
 from search.config import SearchConfig
 from search.eigenvalues import eigenvalues_on_cluster
 from search.errors import InputError
@@ -22,6 +16,7 @@ from search.machine import machine, versions
 from search.pipeline import trained
 from search.probes import UnitFile
 from search.stages.search import Search
+from search.traced import EigenvalueDocument, LossSurface, TraceDocument, TraceGroup
 from search.tracing import trace_on_cluster
 
 __all__ = ["trace_blocks", "trace_network"]

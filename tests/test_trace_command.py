@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
-from search.artefacts import EigenvalueDocument, TraceDocument
 from search.cli import main
 from search.config_file import load_config
 from search.pipeline import trained
+from search.traced import EigenvalueDocument, TraceDocument
 
 CONFIG = {
     "task": {

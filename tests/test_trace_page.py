@@ -12,13 +12,7 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
-from search.artefacts import (
-    BlockEigenvalue,
-    EigenvalueDocument,
-    LossSurface,
-    TraceDocument,
-    TraceGroup,
-)
+from search.artefacts import BlockEigenvalue
 from search.report import render_eigenvalues, render_traces
 from search.report.channel_figure import MAX_POINTS, channels, num_drawn
 from search.report.eigenvalue_figure import eigenvalues, order
@@ -29,6 +23,7 @@ from search.report.sites import sites_of
 from search.report.trace_caveats import eigenvalue_caveats, trace_caveats
 from search.report.trace_figure import traces
 from search.report.trace_page import MAX_ROWS
+from search.traced import EigenvalueDocument, LossSurface, TraceDocument, TraceGroup
 
 LAYERS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "linear")
 EVIL = "<script>alert(1)</script><b>%{x}&amp;"

@@ -8,10 +8,10 @@ gymnasium make of dictionaries, and a callback hands that to the driver with the
 import pickle
 import random
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, SupportsFloat, cast
 
 import gymnasium
 import numpy as np
@@ -26,10 +26,9 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 __all__ = ["ENDS", "EpisodeEnd", "EpisodeFailure", "OwnRandomness", "ReportEnds", "ReportingEnv"]
 
 ENDS = "episode_ends"
-_ATTEMPTS = 3
 
 Env = gymnasium.Env[Any, Any]
-Step = tuple[Any, float, bool, bool, dict[str, Any]]
+Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class EpisodeEnd:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeFailure:
-    """An episode that the environment's own exception ended, time and again.
+    """An episode that the environment's own exception ended.
 
     Attributes:
         runner: Who played it.
@@ -103,10 +102,10 @@ def _set_generators(state: tuple[Any, Any, Any]) -> None:
 
 
 class ReportingEnv(gymnasium.Env[Any, Any]):
-    """The caller's environment, which it builds, rebuilds when it fails, and reports on.
+    """The caller's environment, which it builds and reports on.
 
-    An environment that raises is built again and taken through the episode's actions so far; only
-    when it fails three times in a row does the episode end, with an ``EpisodeFailure``.
+    Where that raises, the episode ends with an ``EpisodeFailure``: RLlib would put another runner
+    in the place of this one, which would fail as well.
 
     RLlib resets every episode with the runner's seed. Here an episode's seed depends on the
     search's, the runner and the episode's number, so that episodes differ and can be repeated.
@@ -123,7 +122,6 @@ class ReportingEnv(gymnasium.Env[Any, Any]):
         self._seed = int(context["seed"])
         self._episode = int(context["first_episode"]) - 1
         self._env: Env | None = None
-        self._actions: list[Any] = []
         self._return = 0.0
         self._seen: Any = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
         self._failure: EpisodeFailure | None = None
@@ -131,23 +129,25 @@ class ReportingEnv(gymnasium.Env[Any, Any]):
     def reset(
         self,
         *,
-        seed: int | None = None,  # noqa: ARG002
+        seed: int | None = None,  # noqa: ARG002 (RLlib's, the same for every episode)
         options: dict[str, Any] | None = None,  # noqa: ARG002
     ) -> tuple[Any, dict[str, Any]]:
         """Begin the next episode."""
         self._episode += 1
-        self._actions, self._return, self._failure = [], 0.0, None
+        self._return, self._failure = 0.0, None
         self._randomness = OwnRandomness(self._episode_seed)
-        return self._advance()[0], {}
+        observation, *_ = self._played(self._begun)
+        return observation, {}
 
     def step(self, action: Any) -> Step:
         """Step; the last info of an episode holds its ``EpisodeEnd`` under ``ENDS``."""
-        self._actions.append(action)
         if self._failure is None:
-            observation, reward, terminated, truncated, info = self._advance()
+            observation, reward, terminated, truncated, info = self._played(
+                lambda env: env.step(action)
+            )
         if self._failure is not None:
             return self._seen, 0.0, False, True, {ENDS: self._failure}
-        self._return += reward
+        self._return += float(reward)
         if not (terminated or truncated):
             return observation, reward, terminated, truncated, {}
         end = EpisodeEnd(self._runner, self._episode, self._return, info)
@@ -164,37 +164,27 @@ class ReportingEnv(gymnasium.Env[Any, Any]):
         sequence = np.random.SeedSequence([self._seed, self._runner, self._episode])
         return int(sequence.generate_state(1)[0])
 
-    def _advance(self) -> Step:
-        """Bring the environment to where the actions lead, or give up."""
-        for _ in range(_ATTEMPTS):
-            try:
-                with self._randomness():
-                    step = self._played()
-            except Exception as error:  # whatever it is, the caller shall see it as it is
-                self._env = None
-                failure = EpisodeFailure(
-                    self._runner,
-                    self._episode,
-                    "".join(traceback.format_exception_only(error)).strip(),
-                    traceback.format_exc(),
-                )
-            else:
-                self._seen = step[0]
-                return step
-        self._failure = failure
-        return self._seen, 0.0, False, True, {}
+    def _begun(self, env: Env) -> Step:
+        observation, info = env.reset(seed=self._episode_seed)
+        return observation, 0.0, False, False, info
 
-    def _played(self) -> Step:
-        env, actions = self._env, self._actions[-1:]
-        if env is None:
-            env, actions = pickle.loads(self._pickled_make_env)(), self._actions
-        if self._env is None or not actions:
-            observation, info = env.reset(seed=self._episode_seed)
-            step: Step = observation, 0.0, False, False, info
-        self._env = env
-        for action in actions:
-            observation, reward, terminated, truncated, info = env.step(action)
-            step = observation, float(reward), terminated, truncated, info
+    def _played(self, play: Callable[[Env], Step]) -> Step:
+        """Let the environment play, and remember why it could not."""
+        try:
+            with self._randomness():
+                if self._env is None:
+                    self._env = pickle.loads(self._pickled_make_env)()
+                step = play(self._env)
+        except Exception as error:  # whatever it is, the caller shall see it as it is
+            self._env = None
+            self._failure = EpisodeFailure(
+                self._runner,
+                self._episode,
+                "".join(traceback.format_exception_only(error)).strip(),
+                traceback.format_exc(),
+            )
+            return self._seen, 0.0, False, True, {}
+        self._seen = step[0]
         return step
 
 

@@ -45,12 +45,11 @@ _MAX_SILENT_ITERATIONS = 10
 
 
 class EnvironmentFailedError(RuntimeError):
-    """The environment raised, again and again; ``failure`` says what and where."""
+    """The environment raised; ``failure`` says what and where."""
 
     def __init__(self, failure: EpisodeFailure) -> None:
         super().__init__(
-            f"{failure.message} (episode {failure.episode} of runner {failure.runner}, "
-            "at every attempt)"
+            f"{failure.message} (episode {failure.episode} of runner {failure.runner})"
         )
         self.failure = failure
         self.add_note(failure.trace)
@@ -94,7 +93,7 @@ def run_agent(
 
     Raises:
         ValueError: If the checkpoint is another agent's or environment's, or Ray is not up.
-        EnvironmentFailedError: If the environment raises at every one of three attempts.
+        EnvironmentFailedError: If the environment raises.
         RuntimeError: If the runners die again and again.
     """
     if not ray.is_initialized():

@@ -1,13 +1,14 @@
-"""What a method's name says of it: who chooses, among what, and whether it needs the Hessian."""
+"""What a method is: who chooses, among what, and whether it needs the Hessian."""
 
 from typing import Literal
+
+from search.searchers import SEARCHERS
 
 __all__ = ["Family", "family", "is_by_layer", "needs_curvature", "warm_twin"]
 
 Family = Literal["reference", "hessian", "agent", "sampler"]
 
 _REFERENCES = frozenset({"uniform", "weight-norm"})
-_HESSIAN = frozenset({"hawq-v1", "hawq-v2", "exact", "channel", "largest-omega"})
 _AGENTS = frozenset({"cw-hawq", "haq", "sac", "ppo"})
 _WARM, _LAYERS = "warm-", "-layers"
 
@@ -17,19 +18,15 @@ def family(method: str) -> Family:
 
     Samplers are all that try allocations and are no agents, hill climbing among them.
     """
+    if not SEARCHERS[method].needs_scores:
+        return "reference" if method in _REFERENCES else "hessian"
     base = method.removeprefix(_WARM).removesuffix(_LAYERS)
-    if base in _REFERENCES:
-        return "reference"
-    if base in _HESSIAN:
-        return "hessian"
     return "agent" if base in _AGENTS else "sampler"
 
 
 def is_by_layer(method: str) -> bool:
     """Whether a method gives all channels of a layer the same bits."""
-    if family(method) in {"reference", "hessian"}:
-        return method != "channel"
-    return method.removeprefix(_WARM) == "haq" or method.endswith(_LAYERS)
+    return not SEARCHERS[method].by_channel
 
 
 def needs_curvature(method: str) -> bool:
@@ -38,11 +35,9 @@ def needs_curvature(method: str) -> bool:
     It is for the Hessian's own methods, for what starts from their choices, and for all that give
     ratios to channels, which are ranked by it.
     """
-    found = family(method)
-    if found in {"reference", "hessian"}:
-        return found == "hessian"
-    starts = method.startswith((_WARM, "hill-climbing"))
-    return starts or not is_by_layer(method)
+    if not SEARCHERS[method].needs_scores:
+        return method not in _REFERENCES
+    return SEARCHERS[method].by_channel or bool(SEARCHERS[method].starts)
 
 
 def warm_twin(method: str) -> str:

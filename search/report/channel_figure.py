@@ -11,10 +11,10 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from search.artefacts import TraceGroup
 from search.report.canvas import WARNING, canvas, make_logarithmic
 from search.report.quantities import significant
 from search.report.sites import Sites
+from search.traced import TraceGroup
 
 __all__ = ["MAX_POINTS", "channels", "num_drawn"]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from search.artefacts import TraceGroup
 from search.report.sites import Sites
+from search.traced import TraceGroup
 
 __all__ = ["Spread", "spreads"]
 

@@ -4,9 +4,9 @@ import math
 
 import plotly.graph_objects as go
 
-from search.artefacts import EigenvalueDocument
 from search.report.eigenvalue_figure import eigenvalues
 from search.report.surface_figure import Surface, surfaces
+from search.traced import EigenvalueDocument
 
 __all__ = ["block_figures", "has_holes"]
 

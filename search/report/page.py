@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 import yaml
 
-from search.artefacts import EigenvalueDocument, Summary
+from search.artefacts import Summary
 from search.report.bits_map import bits_map
 from search.report.calibration_findings import trust
 from search.report.caveats import caveats
@@ -28,6 +28,7 @@ from search.report.trace_figure import traces
 from search.report.trace_findings import iterated
 from search.report.width_figure import channel_widths
 from search.searchers import SEARCHERS
+from search.traced import EigenvalueDocument
 
 __all__ = ["render"]
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from search.artefacts import EigenvalueDocument, Summary
+from search.artefacts import Summary
 from search.errors import InputError
 from search.folder import write_atomically
 from search.report.page import render
+from search.traced import EigenvalueDocument
 
 __all__ = ["rewrite_report", "write_report"]
 

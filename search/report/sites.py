@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from search.artefacts import TraceDocument, TraceGroup
+from search.traced import TraceDocument, TraceGroup
 
 __all__ = ["Sites", "sites_of"]
 

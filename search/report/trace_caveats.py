@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
-from search.artefacts import BlockEigenvalue, EigenvalueDocument, TraceDocument, TraceGroup
+from search.artefacts import BlockEigenvalue
 from search.report.eigenvalue_figure import by_sensitivity
 from search.report.quantities import count, counted
 from search.report.sites import Sites
+from search.traced import EigenvalueDocument, TraceDocument, TraceGroup
 
 __all__ = ["eigenvalue_caveats", "iteration_caveats", "trace_caveats"]
 

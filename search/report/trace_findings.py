@@ -1,9 +1,9 @@
 """What the pages of ``hawq trace`` say in words: what was done, on what, and what it cost."""
 
-from search.artefacts import EigenvalueDocument, TraceDocument
 from search.report.estimators import ESTIMATORS
 from search.report.quantities import count, counted, duration, moment
 from search.report.sites import Sites
+from search.traced import EigenvalueDocument, TraceDocument
 
 __all__ = ["effort", "iterated", "traced"]
 

@@ -6,7 +6,6 @@ pages.
 
 import math
 
-from search.artefacts import EigenvalueDocument, TraceDocument
 from search.report.channel_figure import channels, num_drawn
 from search.report.channel_spread import spreads
 from search.report.eigenvalue_figure import by_sensitivity, order
@@ -20,6 +19,7 @@ from search.report.template import fill
 from search.report.trace_caveats import eigenvalue_caveats, trace_caveats
 from search.report.trace_figure import traces
 from search.report.trace_findings import effort, iterated, traced
+from search.traced import EigenvalueDocument, TraceDocument
 
 __all__ = ["MAX_ROWS", "render_eigenvalues", "render_traces"]
 

@@ -50,6 +50,7 @@ def _processes() -> dict[str, Searcher]:
     """Cross every driver with the two processes, cold and from the Hessian's choices."""
     found: dict[str, Searcher] = {}
     drivers = {
+        "ddpg": agent("ddpg"),
         "sac": agent("sac"),
         "ppo": agent("ppo"),
         "random": sampler("random"),
@@ -58,7 +59,7 @@ def _processes() -> dict[str, Searcher]:
         "nsga2": sampler("nsga2"),
     }
     named = {("ddpg", True): "cw-hawq", ("ddpg", False): "haq"}
-    for name, drive in {"ddpg": agent("ddpg"), **drivers}.items():
+    for name, drive in drivers.items():
         for by_channel in (True, False):
             method = named.get((name, by_channel), name if by_channel else f"{name}-layers")
             found[method] = ProcessSearcher(drive, by_channel)

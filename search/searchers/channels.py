@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hawq.allocate import Front, lagrangian_solution
 from hawq.space import Kind
 from search.evaluate import Evaluation
-from search.searchers.problem import Problem, halves_of, together
+from search.searchers.problem import Problem, Searcher, halves_of, together
 from search.tables import Tables
 
 __all__ = ["ChannelSearcher"]
@@ -21,6 +21,7 @@ class ChannelSearcher:
     needs_sums: bool = True
     needs_blocks: bool = False
     needs_scores: bool = False
+    starts: tuple[Searcher, ...] = ()
 
     def front(self, tables: Tables, kind: Kind) -> Front | None:  # noqa: ARG002
         """There is none of the size of a picture: the hull has a point for every channel."""

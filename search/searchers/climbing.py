@@ -43,6 +43,10 @@ class ClimbingSearcher:
         """What it begins with."""
         return (self.base,)
 
+    def beginnings(self, problem: Problem) -> list[Allocation]:
+        """Return what it begins with: the Hessian's solution."""
+        return [found.allocation for found in self.base.search(problem, evaluations=1, seed=0)]
+
     @property
     def by_channel(self) -> bool:
         """As the base method."""
@@ -70,7 +74,8 @@ class ClimbingSearcher:
         owner = _owners(problem)
         num_owners = int(owner.max()) + 1
         at = np.zeros(num_owners)
-        best = problem.evaluate(_chosen(self.base, problem, at[owner]))
+        (solution,) = self.beginnings(problem)
+        best = problem.evaluate(solution)
         yield best
         while True:
             num_changes = min(num_owners, int(rng.integers(1, _MOST_CHANGES + 1)))

@@ -10,7 +10,7 @@ from hawq.allocate import Front, Options, best_pair, milp_solution
 from hawq.allocation import Allocation
 from hawq.space import Kind
 from search.evaluate import Evaluation
-from search.searchers.problem import KINDS, Problem, halves_of, refuse, together
+from search.searchers.problem import KINDS, Problem, Searcher, halves_of, refuse, together
 from search.tables import Part, Tables
 
 __all__ = ["FrontSearcher"]
@@ -36,6 +36,7 @@ class FrontSearcher:
     needs_sums: bool = False
     needs_blocks: bool = False
     needs_scores: bool = False
+    starts: tuple[Searcher, ...] = ()
 
     def front(self, tables: Tables, kind: Kind) -> Front | None:
         """Return the front over the size of all weights, or of one example's activations.

@@ -185,6 +185,7 @@ class Searcher(Protocol):
         needs_sums: Whether each budget must be a sum, of the weights or of the activations alone.
         needs_blocks: Whether it goes by the top eigenvalues of blocks, and chooses weights alone.
         needs_scores: Whether it scores what it tries: an agent, a sampler, a climber.
+        starts: Methods whose choices it begins with; none where it begins with its own.
     """
 
     @property
@@ -201,6 +202,9 @@ class Searcher(Protocol):
 
     @property
     def needs_scores(self) -> bool: ...
+
+    @property
+    def starts(self) -> "tuple[Searcher, ...]": ...
 
     def front(self, tables: Tables, kind: Kind) -> Front | None:
         """Return every point the method can offer over all sizes, where it knows them.
@@ -259,11 +263,7 @@ def _kinds(cost: Cost, space: Space) -> list[Kind]:
 
 
 def _refuse_constant(budget: Budget, space: Space) -> None:
-    bits = [0] * len(space)
-    for members in space.rows():
-        for i in members:
-            bits[i] = space.menu_of(members)[0]
-    least = budget.cost.of(space, Allocation.of(space, bits))
+    least = budget.cost.of(space, Allocation.least(space))
     if least > budget.limit:
         verdict = Verdict(budget.cost.name, budget.limit, least, None)
         raise InfeasibleBudgetsError([verdict])

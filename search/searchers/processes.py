@@ -134,17 +134,29 @@ class ProcessSearcher:
             ValueError: If there is nothing to choose.
         """
         process = Process(problem, self.by_channel)
-        actions = [process().actions_of(allocation) for allocation in self._starts(problem, seed)]
-        driven = self.drive(process, starts=actions, evaluations=evaluations, seed=seed)
+        starts = [actions for actions, _ in self._beginnings(process)]
+        driven = self.drive(process, starts=starts, evaluations=evaluations, seed=seed)
         yield from distinct(driven, evaluations)
 
-    def _starts(self, problem: Problem, seed: int) -> list[Allocation]:
-        found = [
-            evaluation.allocation
-            for searcher in self.starts
-            for evaluation in searcher.search(problem, evaluations=1, seed=seed)
-        ]
-        return list({allocation.digest: allocation for allocation in found}.values())
+    def beginnings(self, problem: Problem) -> list[Allocation]:
+        """Return what it begins with: the Hessian's choices, as near as the process comes.
+
+        Raises:
+            InfeasibleBudgetError: If nothing is within the budgets.
+            ValueError: If there is nothing to choose.
+        """
+        return [allocation for _, allocation in self._beginnings(Process(problem, self.by_channel))]
+
+    def _beginnings(self, process: Process) -> list[tuple[list[float], Allocation]]:
+        """Return actions with what they lead to, each allocation once."""
+        env = process()
+        found: dict[str, tuple[list[float], Allocation]] = {}
+        for searcher in self.starts:
+            for evaluation in searcher.search(process.problem, evaluations=1, seed=0):
+                actions = env.actions_of(evaluation.allocation)
+                allocation = env.allocation_of(actions)
+                found.setdefault(allocation.digest, (actions, allocation))
+        return list(found.values())
 
 
 def distinct(proposed: Generator[Evaluation], evaluations: int) -> Iterator[Evaluation]:

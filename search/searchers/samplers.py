@@ -51,6 +51,7 @@ def sampler(name: SamplerName) -> Drive:
             for start in starts:
                 study.enqueue_trial(dict(zip(names, start, strict=True)))
         problem, effort = process.problem, process.problem.effort
+        size = problem.tables.costs["weight_bits"]
         with scored(problem.evaluate, effort.runners, effort.cpus, effort.gpus) as score:
             while True:
                 trials = [study.ask() for _ in range(max(1, effort.runners))]
@@ -60,11 +61,10 @@ def sampler(name: SamplerName) -> Drive:
                 ]
                 found = score(allocations)
                 for trial, evaluation in zip(trials, found, strict=True):
-                    reward = problem.reward(evaluation)
-                    size = problem.tables.costs["weight_bits"].of(
-                        problem.tables.space, evaluation.allocation
-                    )
-                    study.tell(trial, [reward, size] if both else reward)
+                    values: list[float] = [problem.reward(evaluation)]
+                    if both:
+                        values.append(size.of(problem.tables.space, evaluation.allocation))
+                    study.tell(trial, values)
                 yield from found
 
     return drive

@@ -8,7 +8,7 @@ import numpy as np
 from hawq.allocation import Allocation
 from hawq.space import Kind, Space
 from search.evaluate import Evaluation
-from search.searchers.problem import KINDS, Problem, refuse
+from search.searchers.problem import KINDS, Problem, Searcher, refuse
 from search.tables import Tables
 
 __all__ = ["UniformSearcher"]
@@ -30,6 +30,7 @@ class UniformSearcher:
     needs_sums: bool = False
     needs_blocks: bool = False
     needs_scores: bool = False
+    starts: tuple[Searcher, ...] = ()
 
     def front(self, tables: Tables, kind: Kind) -> None:  # noqa: ARG002
         """There is none: the order is random."""

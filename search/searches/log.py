@@ -1,7 +1,7 @@
 """A search's evaluations on disk, a line each as they come."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from hawq.allocation import Allocation
@@ -25,7 +25,7 @@ class EvaluationLog:
 
     def __init__(self, path: Path, inputs: str, space: Space) -> None:
         self.path = path
-        self._space, self._names, self._fingerprint = space, space.names, space.fingerprint
+        self._names, self._fingerprint = space.names, space.fingerprint
         header = json.dumps({"inputs": inputs, "space": self._fingerprint})
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         kept = lines[1:-1] if lines and lines[0] == header else []
@@ -63,7 +63,3 @@ class EvaluationLog:
         """Return an evaluation's allocation."""
         bits = tuple(map(int, self._digits[index]))
         return Allocation(self._names, bits, self._fingerprint)
-
-    def __iter__(self) -> Iterator[tuple[ScoredAllocation, Allocation]]:
-        for index, found in enumerate(self.found):
-            yield found, self.allocation(index)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -104,7 +105,7 @@ def run_search(spec: SearchSpec, problem: Problem) -> SearchRecord:
     problem = replace(problem, evaluate=evaluate, effort=effort)
     if len(log.found) < spec.evaluations:
         _go_on(spec, problem, log)
-    record = _record(spec, log, _reasons(failures))
+    record = _record(spec, problem, log, _reasons(failures))
     write_atomically(spec.record, record.model_dump_json())
     (spec.folder / "agent").unlink(missing_ok=True)
     return record
@@ -124,7 +125,7 @@ def _go_on(spec: SearchSpec, problem: Problem, log: EvaluationLog) -> None:
                 continue
             known.add(evaluation.allocation.digest)
             # A score is charged what it cost when it was computed, whoever computed it.
-            here = 0.0 if problem.effort.runners else evaluation.spent
+            here = evaluation.spent if _is_alone(spec, problem.effort) else 0.0
             spent += own - here + evaluation.seconds
             log.add(_scored(problem, evaluation, spent), evaluation)
             if len(log.found) >= spec.evaluations:
@@ -153,7 +154,9 @@ def _scored(problem: Problem, evaluation: Evaluation, seconds: float) -> ScoredA
     )
 
 
-def _record(spec: SearchSpec, log: EvaluationLog, failures: list[str]) -> SearchRecord:
+def _record(
+    spec: SearchSpec, problem: Problem, log: EvaluationLog, failures: list[str]
+) -> SearchRecord:
     best = max(range(len(log.found)), key=lambda i: log.found[i].score)
     allocation: Allocation = log.allocation(best)
     short = len(log.found) < spec.evaluations
@@ -162,7 +165,7 @@ def _record(spec: SearchSpec, log: EvaluationLog, failures: list[str]) -> Search
         budget=spec.budget,
         seed=spec.seed,
         evaluations=log.found,
-        num_starts=min(len(log.found), _num_starts(spec.method)),
+        num_starts=_num_starts(spec, problem, log),
         episodes=log.episodes,
         cpu_seconds=log.found[-1].seconds,
         failures=failures,
@@ -178,11 +181,10 @@ def _record(spec: SearchSpec, log: EvaluationLog, failures: list[str]) -> Search
     )
 
 
-def _num_starts(method: str) -> int:
-    searcher = SEARCHERS[method]
-    if isinstance(searcher, ProcessSearcher | ClimbingSearcher):
-        return len(searcher.starts)
-    return 0
+def _num_starts(spec: SearchSpec, problem: Problem, log: EvaluationLog) -> int:
+    """Count the first evaluations that are of what the method begins with."""
+    given = {found.digest for found in _searcher(spec.method).beginnings(problem)}
+    return sum(1 for _ in takewhile(lambda found: found.digest in given, log.found))
 
 
 def _reasons(path: Path) -> list[str]:
@@ -211,9 +213,11 @@ def run_searches(
         In the order of ``specs``.
 
     Raises:
-        SearchFailedError: If one of them cannot go on, such as for a score that fails for good; the
-            others are stopped.
+        SearchFailedError: If a method cannot choose in its problem, before anything is scored; or
+            if a search cannot go on, such as for a score that fails for good: the others are
+            stopped.
     """
+    _check(specs, problems)
     shared = {key: ray.put(problem) for key, problem in problems.items()}
     total = sum(spec.evaluations for spec in specs)
     waiting = list(enumerate(specs))
@@ -241,6 +245,21 @@ def run_searches(
         for reference in pending:
             ray.cancel(reference, force=True)
     return [records[i] for i in range(len(specs))]
+
+
+def _check(specs: Sequence[SearchSpec], problems: Mapping[tuple[str, bool], Problem]) -> None:
+    """Refuse what no search of a method could begin with, before anything is scored."""
+    for method, budget in dict.fromkeys((spec.method, spec.budget) for spec in specs):
+        try:
+            _searcher(method).beginnings(problems[budget, SEARCHERS[method].by_channel])
+        except ValueError as error:
+            raise SearchFailedError(f"{method} at {budget}: {error}") from error
+
+
+def _searcher(method: str) -> ProcessSearcher | ClimbingSearcher:
+    searcher = SEARCHERS[method]
+    assert isinstance(searcher, ProcessSearcher | ClimbingSearcher), "the others score nothing"
+    return searcher
 
 
 def _is_alone(spec: SearchSpec, effort: Effort) -> bool:

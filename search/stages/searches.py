@@ -127,9 +127,4 @@ def _effort(search: Search) -> Effort:
 def _reward(search: Search, tables: Tables) -> Reward:
     if search.config.searches.score != "proxy":
         return Reward(search.model.search_score)
-    space = tables.space
-    least = [0] * len(space)
-    for members in space.rows():
-        for i in members:
-            least[i] = space.menu_of(members)[0]
-    return Reward(0.0, 1 / (tables.omega(Allocation.of(space, least)) or 1.0))
+    return Reward(0.0, 1 / (tables.omega(Allocation.least(tables.space)) or 1.0))
