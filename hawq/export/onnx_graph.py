@@ -1,0 +1,307 @@
+"""Packed networks as ONNX graphs: integers with DequantizeLinear, activations rounded in the graph.
+
+ONNX has integers of 4, 8 and 16 bits: what is narrower is held in the nearest of these and keeps
+its own levels. What a layer reads goes through QuantizeLinear, which divides where training
+multiplies by the reciprocal: a value in the middle between two codes may fall to the other side.
+
+``onnx`` is imported when a graph is made: it is an optional part.
+"""
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from hawq.export.packed import Packed, QuantizedTensor, QuantizedWeight, Rounding, load
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+__all__ = ["OnnxGraph", "onnx_graph"]
+
+INPUT = "input"
+_DOMAIN, _MARK = "hawq", "Rounding"
+# The exporter's latest opset, and the first one with integers of 4 bits; nothing else that
+# exported networks use differs between the two.
+_EXPORTED_OPSET, _OPSET, _IR_VERSION = 20, 21, 10
+_MIDDLE = 128  # the code of zero where a tensor has signs: kernels are fastest for uint8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnnxGraph:
+    """A graph, and what it holds that the network did not say.
+
+    Attributes:
+        model: From ``input`` to ``output_0``, ``output_1``, …: the leaves of what the network
+            returns, in order.
+        notes: Which widths are held in which type, in words.
+    """
+
+    model: "ModelProto"
+    notes: tuple[str, ...]
+
+
+def onnx_graph(
+    packed: Packed, model: nn.Module, example: Tensor, *, is_dynamic: bool = True
+) -> OnnxGraph:
+    """Make the graph of a packed network.
+
+    Args:
+        packed: What it computes with.
+        model: Its code, in floating point; loaded over.
+        example: Inputs, shape (N, …).
+        is_dynamic: Whether the graph takes any number of inputs, or N alone.
+
+    Raises:
+        ValueError: If the network is another one, or an operator of it has no place in ONNX.
+    """
+    import onnx  # noqa: PLC0415  an optional part
+
+    network = _Flat(load(packed, model)).eval()
+    marks = _mark(network)
+    exported = onnx.load_from_string(_exported(network, example, is_dynamic))
+    graph = exported.graph
+    notes = [
+        *_insert_weights(graph, packed.weights),
+        *_insert_tensors(graph, packed.tensors, marks),
+    ]
+    exported.ir_version = _IR_VERSION
+    del exported.opset_import[:]
+    exported.opset_import.append(onnx.helper.make_opsetid("", _OPSET))
+    onnx.checker.check_model(exported)
+    return OnnxGraph(exported, tuple(notes))
+
+
+class _Flat(nn.Module):
+    """A network that returns the leaves of what it returns."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(leaf for leaf in tree_leaves(self.network(x)) if isinstance(leaf, Tensor))
+
+
+class _Mark(nn.Module):
+    """Stands in the graph where a tensor is rounded."""
+
+    def __init__(self, index: int, name: str) -> None:
+        super().__init__()
+        self.index, self.name, self.rank = index, name, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rank = x.ndim
+        marked: Tensor = _MarkFunction.apply(x, self.index)
+        return marked
+
+
+class _MarkFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: int) -> Tensor:  # noqa: ARG004
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, index: int) -> Any:
+        return g.op(f"{_DOMAIN}::{_MARK}", x, index_i=index).setType(x.type())
+
+
+def _mark(network: nn.Module) -> list[_Mark]:
+    """Put a mark in every place of a rounding."""
+    marks: list[_Mark] = []
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Rounding):
+                marks.append(_Mark(len(marks), child.name))
+                parent.add_module(name, marks[-1])
+    return marks
+
+
+def _exported(network: nn.Module, example: Tensor, is_dynamic: bool) -> bytes:
+    with torch.no_grad():
+        outputs = [f"output_{i}" for i in range(len(network(example)))]
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # The newer exporter needs a package of its own, and this one says so each time.
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                network,
+                (example,),
+                buffer,
+                dynamo=False,
+                opset_version=_EXPORTED_OPSET,
+                # The integers are those of the weights as they are: nothing is folded into them.
+                do_constant_folding=False,
+                training=torch.onnx.TrainingMode.PRESERVE,
+                input_names=[INPUT],
+                output_names=outputs,
+                dynamic_axes=dict.fromkeys([INPUT, *outputs], {0: "batch"}) if is_dynamic else None,
+                custom_opsets={_DOMAIN: 1},
+            )
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            told = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"every operator of the network must have one in ONNX, got: {told}"
+            ) from error
+    return buffer.getvalue()
+
+
+def _insert_weights(graph: "GraphProto", weights: Iterable[QuantizedWeight]) -> Iterator[str]:
+    """Hold quantized weights as integers; say in which types."""
+    places = {constant.name: i for i, constant in enumerate(graph.initializer)}
+    nodes: list[NodeProto] = []
+    held: Counter[tuple[int, str]] = Counter()
+    for weight in weights:
+        name = next((f"network.{n}" for n in weight.names if f"network.{n}" in places), None)
+        if name is None:  # nothing reads it, or it equals another one
+            continue
+        constants, kind = _integers(weight, name)
+        graph.initializer[places[name]].CopyFrom(constants[0])
+        graph.initializer.extend(constants[1:])
+        nodes.append(_node("DequantizeLinear", [c.name for c in constants], name, axis=0))
+        held.update((width, kind) for width in np.unique(weight.widths).tolist())
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+    for kind in sorted({kind for _, kind in held}):
+        widths = sorted(width for width, k in held if k == kind)
+        yield f"weights of {_listed(widths)} bits are held in {kind}"
+
+
+def _integers(weight: QuantizedWeight, name: str) -> tuple[list["TensorProto"], str]:
+    """Return a weight's integers, scales and zero points, and the type of the integers."""
+    from onnx import TensorProto  # noqa: PLC0415  an optional part
+
+    shape = (-1, *[1] * (weight.codes.ndim - 1))
+    widths = weight.widths.reshape(shape)
+    scale, zero_point = weight.scale, weight.zero_point
+    if weight.form == "dorefa":
+        levels = np.maximum(2**weight.widths - 1, 1)
+        q = (2 * weight.codes - levels.reshape(shape)) * (widths > 0)
+        scale = np.where(weight.widths > 1, weight.scale[0] / levels, weight.scale[1])
+        scale, zero_point = scale.astype(np.float32), np.zeros(len(levels), int)
+    elif weight.form == "asymmetric":
+        q = weight.codes
+    else:
+        odd = (widths == 1) | (widths == 2)
+        q = np.where(widths > 0, weight.codes - 2.0 ** (widths - 1), 0).astype(int)
+        q = np.where(odd, 2 * q + 1, q)
+    unsigned = weight.form == "asymmetric"
+    largest = max(q.max(initial=0), -1 - q.min(initial=0), zero_point.max(initial=0))
+    bits = next(b for b in (4, 8, 16) if largest < 2 ** (b - 1 + unsigned))
+    kind = f"{'uint' if unsigned else 'int'}{bits}"
+    data_type = getattr(TensorProto, kind.upper())
+    if len(scale) == 1:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    return [
+        _constant(f"{name}.integers", q, data_type, bits),
+        _constant(f"{name}.scale", scale, TensorProto.FLOAT, 32),
+        _constant(f"{name}.zero_point", zero_point, data_type, bits),
+    ], kind
+
+
+def _insert_tensors(
+    graph: "GraphProto", tensors: Iterable[QuantizedTensor], marks: list[_Mark]
+) -> Iterator[str]:
+    """Put the rounding where the marks are; say what holds what."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    nodes: list[NodeProto] = []
+    rounded: dict[tuple[str, str], str] = {}
+    for node in graph.node:
+        if node.domain != _DOMAIN:
+            nodes.append(node)
+            continue
+        mark = marks[node.attribute[0].i]
+        key = (node.input[0], mark.name)
+        if key in rounded:  # another layer reads the same
+            nodes.append(_node("Identity", [rounded[key]], node.output[0]))
+            continue
+        rounded[key] = node.output[0]
+        own, constants = _rounding(by_name[mark.name], mark, *key[:1], node.output[0])
+        nodes += own
+        graph.initializer.extend(constants)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = [by_name[name] for _, name in rounded]
+    widths = sorted({width for tensor in used for width in tensor.widths.tolist()})
+    if widths:
+        yield f"activations of {_listed(widths)} bits are held in uint8, clipped to their own codes"
+    odd = [tensor.name for tensor in used if tensor.lines[3].any()]
+    if odd:
+        yield (
+            f"ONNX has no odd codes: {', '.join(odd)} are shifted by half a step before rounding, "
+            "and back after it"
+        )
+
+
+def _rounding(
+    tensor: QuantizedTensor, mark: _Mark, source: str, target: str
+) -> tuple[list["NodeProto"], list["TensorProto"]]:
+    """Make the nodes that round a tensor, and their constants."""
+    from onnx import TensorProto  # noqa: PLC0415  an optional part
+
+    low, high, step, offset = tensor.lines
+    unit, shift = tensor.scale * step, tensor.scale * offset
+    is_one = len(unit) == 1
+    axis = 1 if is_one else tensor.axis % mark.rank
+    shape = () if is_one else (-1, *[1] * (mark.rank - 1 - axis))
+    zero = tensor.zero_point if tensor.form == "asymmetric" else np.full(len(unit), _MIDDLE)
+    if tensor.form == "unsigned":
+        zero = np.zeros(len(unit), int)
+    prefix = f"{target}/{tensor.name}"
+    values = {
+        "shift": shift.reshape(shape),
+        "low": (low * unit).reshape(shape),
+        "high": (high * unit).reshape(shape),
+        "scale": unit.reshape(() if is_one else -1),
+    }
+    constants = [_constant(f"{prefix}/{k}", v, TensorProto.FLOAT, 32) for k, v in values.items()]
+    zero = zero.reshape(() if is_one else -1)
+    constants.append(_constant(f"{prefix}/zero_point", zero, TensorProto.UINT8, 8))
+    steps = [("Max", ["low"]), ("Min", ["high"])]
+    if is_one:
+        steps = [("Clip", ["low", "high"])]
+    steps += [("QuantizeLinear", ["scale", "zero_point"])]
+    steps += [("DequantizeLinear", ["scale", "zero_point"])]
+    if shift.any():
+        steps = [("Sub", ["shift"]), *steps, ("Add", ["shift"])]
+    nodes = []
+    for i, (operator, names) in enumerate(steps):
+        result = target if i + 1 == len(steps) else f"{prefix}/{operator}"
+        attributes = {"axis": axis} if operator.endswith("Linear") else {}
+        inputs = [source, *(f"{prefix}/{n}" for n in names)]
+        nodes.append(_node(operator, inputs, result, **attributes))
+        source = result
+    used = {name for node in nodes for name in node.input}
+    return nodes, [constant for constant in constants if constant.name in used]
+
+
+def _node(operator: str, inputs: list[str], output: str, **attributes: int) -> "NodeProto":
+    from onnx import helper  # noqa: PLC0415  an optional part
+
+    return helper.make_node(operator, inputs, [output], **attributes)
+
+
+def _constant(name: str, value: NDArray[Any], data_type: int, bits: int) -> "TensorProto":
+    """Make a constant; integers of 4 bits lie two in a byte, the first one lowest."""
+    from onnx import helper  # noqa: PLC0415  an optional part
+
+    if bits == 4:
+        flat = np.pad(value.ravel(), (0, value.size % 2)) & 15
+        raw = (flat[::2] | flat[1::2] << 4).astype(np.uint8).tobytes()
+    else:
+        kind = helper.tensor_dtype_to_np_dtype(data_type)
+        raw = np.ascontiguousarray(value.astype(kind)).tobytes()
+    return helper.make_tensor(name, data_type, value.shape, raw, raw=True)
+
+
+def _listed(widths: list[int]) -> str:
+    return ", ".join(map(str, widths))
