@@ -11,9 +11,25 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["Batch", "Distillable", "Factor", "Objective", "Task", "moved"]
+__all__ = [
+    "Batch",
+    "Distillable",
+    "Factor",
+    "Objective",
+    "Pooled",
+    "Smoothed",
+    "Task",
+    "at_once",
+    "curved",
+    "moved",
+    "pooled_scores",
+]
+
+# Numbers in the inputs of examples that are passed through a network at once without gradients:
+# 1,365 images of CIFAR, 4 of 800×1333 pixels at most.
+_AT_ONCE = 1 << 22
 
 # Tensors in any nesting of tuples, lists and dicts; only the task looks inside.
 Batch = Any
@@ -106,7 +122,10 @@ class Task(Objective, Protocol):
         ...
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return each example's score, shape (N,), higher is better; the split's is their mean."""
+        """Return each example's score, shape (N,), higher is better; the split's is their mean.
+
+        Of a ``Pooled`` task: what each example adds to the score, shape (N, …).
+        """
         ...
 
 
@@ -124,6 +143,61 @@ class Distillable(Protocol):
                 training multiplies by its square.
         """
         ...
+
+
+@runtime_checkable
+class Pooled(Protocol):
+    """What a task has besides, if its score is no mean over examples, such as COCO's mAP."""
+
+    def pooled(self, values: Tensor) -> Tensor:
+        """Return numbers, shape (N,), whose mean is the score, from what ``scores`` returned.
+
+        Args:
+            values: Of all examples that the score is of, shape (N, …), on the CPU.
+
+        Returns:
+            Pseudo-values: their standard deviation over √N is the score's standard error.
+        """
+        ...
+
+
+@runtime_checkable
+class Smoothed(Protocol):
+    """What a task has besides, if its loss has no curvature where it should have some.
+
+    The L1 loss of a detector's boxes: with a trace of 0 their branch would get the fewest bits.
+    """
+
+    def smoothed(self) -> "tuple[Task, str]":
+        """Return the task whose loss is differentiated twice instead, and in words what differs."""
+        ...
+
+
+def at_once(task: Objective, split: str, most: int) -> int:
+    """Return how many examples to pass through a network at once, up to ``most``.
+
+    Photographs are so much larger than thumbnails that no number suits both.
+    """
+    example = tree_leaves(task.batch(split, torch.arange(1)))
+    numbers = max(leaf.numel() for leaf in example if isinstance(leaf, Tensor))
+    return max(1, min(most, _AT_ONCE // numbers))
+
+
+def curved(task: Task) -> tuple[Task, str]:
+    """Return the task that curvature is of, mostly itself, and in words what differs, if so."""
+    return task.smoothed() if hasattr(task, "smoothed") else (task, "")
+
+
+def pooled_scores(task: Task, values: Sequence[Tensor]) -> Tensor:
+    """Return what a score is the mean of, shape (N,), float32, on the CPU.
+
+    Args:
+        task: Whose ``scores`` they are.
+        values: Of batches, in order.
+    """
+    together = torch.cat([part.float().cpu() for part in values])
+    # Not isinstance: what wraps a task passes on what it has.
+    return task.pooled(together).float() if hasattr(task, "pooled") else together
 
 
 def moved(batch: Batch, device: torch.device | str) -> Batch:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from hawq.space import evaluating
-from hawq.task import Batch, Factor, Objective, Task
+from hawq.task import Batch, Factor, Objective, Task, pooled_scores
 
 __all__ = ["TaskContractError", "check_task"]
 
@@ -143,7 +143,8 @@ def _check_per_example(task: Task, model: nn.Module, split: str) -> None:
     indices = _some_indices(task, split)
     batch = task.batch(split, indices)
     losses = task.losses(model, batch)
-    for what, values in (("losses", losses), ("scores", task.scores(model, batch))):
+    scores = pooled_scores(task, [task.scores(model, batch)])
+    for what, values in (("losses", losses), ("scores", scores)):
         _require(
             isinstance(values, Tensor) and values.shape == indices.shape,
             f"{what} must have shape {tuple(indices.shape)}, got {_shape(values)}",

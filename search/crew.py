@@ -110,7 +110,8 @@ class Crew:
 class SharedTask:
     """A task of which this process sees its share: of each training batch, of the search split.
 
-    Everything else is the task's own.
+    Everything else is the task's own. A score that is no mean over examples needs all of them: then
+    every process scores the whole search split.
 
     Args:
         task: The whole.
@@ -120,21 +121,24 @@ class SharedTask:
     def __init__(self, task: Task, crew: Crew) -> None:
         self._task: Any = task
         self._crew = crew
+        self._is_pooled = hasattr(task, "pooled")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
     def size(self, split: str, /) -> int:
         """Count the examples: of the training split all, for a batch of them is what is shared."""
-        whole = self._task.size(split)
-        return whole if split == "train" else len(range(self._crew.rank, whole, self._crew.size))
+        whole: int = self._task.size(split)
+        if split == "train" or self._is_pooled:
+            return whole
+        return len(range(self._crew.rank, whole, self._crew.size))
 
     def batch(self, split: str, indices: Tensor, /) -> Batch:
         """Return this process's share of a training batch, or its own examples of another split."""
         rank, size = self._crew.rank, self._crew.size
-        return self._task.batch(
-            split, indices[rank::size] if split == "train" else indices * size + rank
-        )
+        if split == "train":
+            return self._task.batch(split, indices[rank::size])
+        return self._task.batch(split, indices if self._is_pooled else indices * size + rank)
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Augment the share by randomness of its own; all draw one number from ``generator``."""

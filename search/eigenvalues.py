@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hawq.curvature import DrawnExamples, drawn_examples
 from hawq.curvature.power_iteration import TopEigenvalues
-from hawq.task import Task
+from hawq.task import Task, curved
 from search.artefacts import BlockEigenvalue
 from search.cluster import num_workers
 from search.config import CurvatureConfig, WorkersConfig
@@ -93,6 +93,7 @@ def power_iterations(
         seed: Of the draw and of the start vectors.
         progress: Told how far the draw is.
     """
+    task, _ = curved(task)
     count = num_workers(workers.count, workers.cpus, workers.gpus)
     size = task.size("train")
     few = task.batch("train", torch.arange(min(settings.batch_size, size, 2)))

@@ -151,6 +151,8 @@ def run(
     """
     with _under_way(config, out, stages_of(config), force, listeners) as (search, cluster):
         _refuse_recipe(search.task, config.finetune.recipe(), "finetune")
+        for remark in search.task.remarks() if hasattr(search.task, "remarks") else ():
+            search.events.emit("run", "warning", remark)
         kept = folding(search.task).kept if isinstance(search.task, FoldedTask) else {}
         for norm, reason in kept.items():
             search.events.emit("run", "warning", f"batch-norm {norm} is not folded: {reason}")

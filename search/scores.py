@@ -24,7 +24,7 @@ from hawq.finetune.batch_norm import has_statistics, statistics_batches
 from hawq.finetune.requantized import Requantized
 from hawq.quantizers import Schemes
 from hawq.reads import Reads
-from hawq.task import Batch, Task, moved
+from hawq.task import Batch, Task, at_once, moved, pooled_scores
 from search.config import SearchConfig
 from search.evaluate import Evaluation, evaluation_key
 from search.folder import write_atomically
@@ -112,6 +112,7 @@ def score_spec(
         schemes=config.schemes,
         fidelity="batch_norm" if has_statistics(task.model()) else "none",
         num_examples=num_examples,
+        statistics_batch_size=max(2, at_once(task, "train", 64)),
         seed=config.seed,
         device=device,
     )
@@ -213,8 +214,7 @@ class CheapScores:
         if self.spec.fidelity == "batch_norm":
             reestimate(network.model, self._statistics_inputs)
         task = self.spec.task
-        scores = [task.scores(network.model, batch).float() for batch in self._batches]
-        return torch.cat(scores).cpu()
+        return pooled_scores(task, [task.scores(network.model, b) for b in self._batches])
 
     def _scored(self, allocation: Allocation, examples: Tensor, seconds: float) -> Scored:
         finite = bool(torch.isfinite(examples).all())
@@ -268,7 +268,7 @@ class CheapScores:
         spec = self.spec
         size = spec.task.size("search")
         num = size if spec.num_examples is None else min(size, spec.num_examples)
-        for indices in torch.arange(num).split(spec.batch_size):
+        for indices in torch.arange(num).split(at_once(spec.task, "search", spec.batch_size)):
             yield moved(spec.task.batch("search", indices), spec.device)
 
     @cached_property

@@ -18,7 +18,7 @@ from hawq.curvature import (
     plan_traces,
 )
 from hawq.space import evaluating
-from hawq.task import Task
+from hawq.task import Task, curved
 from search.cluster import num_workers
 from search.config import CurvatureConfig, WorkersConfig
 from search.errors import InputError
@@ -87,6 +87,7 @@ def trace_on_cluster(
         NonFiniteTraceError: If an output, a loss or a trace is NaN or infinite.
     """
     started = time.monotonic()
+    task, smoothing = curved(task)
     model = task.model()
     model.load_state_dict(state)
     few = task.batch("train", torch.arange(_few(task, settings)))
@@ -140,6 +141,7 @@ def trace_on_cluster(
             if type(error) is not ValueError:
                 raise
             raise InputError(f"curvature: {error}") from error
+        reason = "; ".join(filter(None, (reason, smoothing)))
         note(f"{plan.estimator}: {reason}")
         estimate = estimate_on_workers(
             pool,

@@ -28,6 +28,8 @@ class Recipe:
             low-bit networks oscillate otherwise. 0: from the start.
         reestimate_batch_norm: Training batches on which the statistics are estimated again at the
             end, with the final weights; 0: not at all.
+        clip_norm: Length to which a step's gradient, of all parameters together, is shortened:
+            detectors' is long where few boxes are in a batch. None: it stays as it is.
         ema: Decay of a running average of weights, biases, scales and batch-norm statistics; it
             is what is scored and kept. None: no average.
         distillation: Weight, 0..1, of the divergence from the unquantized network's outputs in the
@@ -55,6 +57,7 @@ class Recipe:
     scale_lr: float = 1.0
     freeze_batch_norm: float = 0.6
     reestimate_batch_norm: int = 0
+    clip_norm: float | None = None
     ema: float | None = None
     distillation: float = 0.0
     temperature: float = 4.0
@@ -76,6 +79,7 @@ class Recipe:
             ("scale_lr", self.scale_lr >= 0, "0 or more"),
             ("freeze_batch_norm", 0 <= self.freeze_batch_norm <= 1, "within 0..1"),
             ("reestimate_batch_norm", self.reestimate_batch_norm >= 0, "0 or more batches"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0, or null"),
             ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or null"),
             ("distillation", 0 <= self.distillation <= 1, "within 0..1"),
             ("temperature", self.temperature > 0, "above 0"),

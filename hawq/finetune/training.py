@@ -20,7 +20,7 @@ from hawq.finetune.fake_quantizers import ActivationQuantizer, WeightQuantizer
 from hawq.finetune.recipe import Recipe
 from hawq.finetune.staging import Staging
 from hawq.space import evaluating
-from hawq.task import Batch, Task, moved
+from hawq.task import Batch, Task, at_once, moved, pooled_scores
 
 __all__ = ["DivergedError", "evaluate", "make_optimizer", "train_epoch"]
 
@@ -101,7 +101,7 @@ def train_epoch(
     device = next(model.parameters()).device
     _train_mode(model, freeze=epoch >= recipe.freeze_batch_norm * recipe.epochs)
     total = 0.0
-    with _own_randomness(probe_seed(seed, epoch, 1), device):
+    with _own_randomness(probe_seed(seed, epoch, 1), device), _clipping(optimizer, model, recipe):
         for step in range(steps):
             indices = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
             batch = moved(task.augment(task.batch("train", indices), generator), device)
@@ -132,14 +132,17 @@ def train_epoch(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, split: str, *, batch_size: int = 256) -> Tensor:
-    """Score every example of a split, shape (N,), float32, in full precision and eval mode."""
+    """Score every example of a split, shape (N,), float32, in full precision and eval mode.
+
+    The split's score is their mean.
+    """
     device = next(model.parameters()).device
     scores = []
     with evaluating(model):
-        for indices in torch.split(torch.arange(task.size(split)), batch_size):
+        for indices in torch.arange(task.size(split)).split(at_once(task, split, batch_size)):
             batch = moved(task.batch(split, indices), device)
-            scores.append(task.scores(model, batch).float().cpu())
-    return torch.cat(scores)
+            scores.append(task.scores(model, batch))
+    return pooled_scores(task, scores)
 
 
 def _losses(
@@ -163,6 +166,24 @@ def _train_mode(model: nn.Module, *, freeze: bool) -> None:
     if freeze:
         for module in batch_norms(model):
             module.eval()
+
+
+@contextmanager
+def _clipping(optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Shorten gradients right before each step: after whatever else was to be done to them."""
+    if recipe.clip_norm is None:
+        yield
+        return
+    length = recipe.clip_norm
+
+    def clip(*_: object) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), length)
+
+    handle = optimizer.register_step_pre_hook(clip)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

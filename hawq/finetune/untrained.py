@@ -10,7 +10,7 @@ from hawq.finetune.calibration import calibrate, sample_activations
 from hawq.finetune.fake_quantizers import ActivationQuantizer
 from hawq.quantizers import Schemes
 from hawq.space import evaluating
-from hawq.task import Batch, Task, moved
+from hawq.task import Batch, Task, at_once, moved
 
 __all__ = ["untrained_losses"]
 
@@ -45,7 +45,8 @@ def untrained_losses(
         Losses, shape (J, N), float64, on the CPU. A row depends on its own allocation alone.
     """
     device = next(model.parameters()).device
-    batches = [moved(task.batch("train", part), device) for part in indices.split(_BATCH)]
+    size = at_once(task, "train", _BATCH)
+    batches = [moved(task.batch("train", part), device) for part in indices.split(size)]
     example = task.inputs(moved(task.batch("train", torch.arange(1)), device))
     samples = _samples(model, allocations, example, inputs, schemes)
     rows = []

@@ -10,7 +10,7 @@ from search.config.searches import ComparisonConfig, SearchesConfig
 from search.config.section import suggestion
 from search.config.space import ActivationsConfig, ChannelsConfig, WeightsConfig
 from search.config.study import Choices, Interval, StudyConfig
-from search.config.task import TaskConfig
+from search.config.task import DetectorConfig, TaskConfig
 from search.config.work import (
     CalibrationConfig,
     CurvatureConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "Choices",
     "ComparisonConfig",
     "CurvatureConfig",
+    "DetectorConfig",
     "Interval",
     "RayConfig",
     "RecipeConfig",

@@ -40,6 +40,9 @@ class RecipeConfig(Section):
         description="Training batches, without augmentation, on which batch-norm statistics are "
         "estimated again at the end; 0: not at all.",
     )
+    clip_norm: float | None = Field(
+        None, gt=0, description="Length that a step's gradient is shortened to; null: as it is."
+    )
     ema: float | None = Field(
         None,
         gt=0,

@@ -7,7 +7,25 @@ from pydantic import Field, JsonValue, model_validator
 from search.config.recipe import RecipeConfig
 from search.config.section import Positive, Section
 
-__all__ = ["TaskConfig"]
+__all__ = ["DetectorConfig", "TaskConfig"]
+
+
+class DetectorConfig(Section):
+    """A detector of mmdetection 3.x, with data in COCO's format."""
+
+    config: str = Field(
+        description="mmdetection's config; mmdet::retinanet/NAME.py for one that comes with it."
+    )
+    root: str | None = Field(None, description="Takes the place of every data_root in it.")
+    options: dict[str, JsonValue] = Field(
+        {}, description="Dotted keys of the config to other values: model.bbox_head.num_classes."
+    )
+    smooth_l1_beta: float = Field(
+        1 / 9,
+        gt=0,
+        description="In the curvature, smooth L1 with this β stands for boxes' L1 loss, which has "
+        "none.",
+    )
 
 
 class TaskConfig(Section):
@@ -19,6 +37,9 @@ class TaskConfig(Section):
         "resnet20",
         pattern=r"^resnet\d+$",
         description="resnet8, resnet14, resnet20, resnet32, resnet44, resnet56 (for small images).",
+    )
+    detector: DetectorConfig | None = Field(
+        None, description="A detector with its data, instead of data."
     )
     factory: str | None = Field(
         None, description="package.module:callable that returns your own Task, instead of data."
@@ -38,9 +59,13 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TaskConfig":
-        if (self.data is None) == (self.factory is None):
-            raise ValueError("give either data (digits, cifar10) or factory (package.module:name)")
-        if self.data is not None and (self.checkpoint is None) == (self.pretrain is None):
+        sources = (self.data, self.detector, self.factory)
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError(
+                "give one of data (digits, cifar10), detector (config: …) or factory "
+                "(package.module:name)"
+            )
+        if self.factory is None and (self.checkpoint is None) == (self.pretrain is None):
             raise ValueError("give either checkpoint (a file of weights) or pretrain (a recipe)")
         if self.pretrain is not None and self.pretrain.distillation:
             raise ValueError(

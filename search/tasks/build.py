@@ -1,11 +1,12 @@
 """From a config to a task: a built-in one, or the user's own factory."""
 
 import importlib
+import json
 from collections.abc import Callable
 from typing import Any
 
 from hawq.task import Task
-from search.config import TaskConfig
+from search.config import DetectorConfig, TaskConfig
 from search.errors import InputError
 from search.tasks.classification import ClassificationTask
 from search.tasks.folded import folded, folding
@@ -39,8 +40,9 @@ def build_task(config: TaskConfig, seed: int) -> Task:
 
 
 def _plain_task(config: TaskConfig, seed: int) -> Task:
-    if config.factory is None:
-        assert config.data is not None
+    if config.detector is not None:
+        return _detection_task(config, config.detector, seed)
+    if config.data is not None:
         return ClassificationTask(
             data=config.data,
             root=config.root,
@@ -51,6 +53,7 @@ def _plain_task(config: TaskConfig, seed: int) -> Task:
             # A checkpoint has seen all training images unless a split is named that it has not.
             search_seen=config.checkpoint is not None and config.search_indices is None,
         )
+    assert config.factory is not None
     factory = _factory(config.factory)
     try:
         task = factory(**config.arguments)
@@ -65,6 +68,20 @@ def _plain_task(config: TaskConfig, seed: int) -> Task:
             f"without {', '.join(missing)}"
         )
     return task
+
+
+def _detection_task(config: TaskConfig, detector: DetectorConfig, seed: int) -> Task:
+    from search.tasks.detection import DetectionTask  # noqa: PLC0415  of the detection extra
+
+    return DetectionTask(
+        config=detector.config,
+        root=detector.root,
+        options=json.dumps(detector.options, sort_keys=True),
+        search_size=config.search_size,
+        split_seed=seed,
+        from_checkpoint=config.checkpoint is not None,
+        beta=detector.smooth_l1_beta,
+    )
 
 
 def _factory(path: str) -> Callable[..., Any]:

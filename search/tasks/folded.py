@@ -5,7 +5,7 @@ Curvature, Ω and trials are then of the weights that integer hardware multiplie
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hawq.finetune import fold_batch_norm
 from hawq.finetune.folding import Foldable, foldable
-from hawq.task import Batch, Distillable, Factor, Task
+from hawq.task import Batch, Distillable, Factor, Task, curved, pooled_scores
 
 __all__ = ["FoldedTask", "folded", "folding"]
 
@@ -72,8 +72,17 @@ class FoldedTask:
         return self.inner.curvature(model, batch)
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return each example's score, shape (N,)."""
+        """Return each example's score, shape (N,), or what it adds to it, shape (N, …)."""
         return self.inner.scores(model, batch)
+
+    def smoothed(self) -> tuple[Task, str]:
+        """Smooth the inner task, if it asks for that."""
+        inner, what = curved(self.inner)
+        return replace(self, inner=inner), what
+
+    def pooled(self, values: Tensor) -> Tensor:
+        """Pool as the inner task does, if it does."""
+        return pooled_scores(self.inner, [values])
 
 
 class _FoldedDistillableTask(FoldedTask):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hawq.finetune import Recipe, attach
 from hawq.quantizers import Schemes
-from hawq.task import Task, moved
+from hawq.task import Task, at_once, moved
 
 __all__ = ["TrialSpec", "calibration_inputs", "num_calibration_batches", "quantized_model"]
 
@@ -62,11 +62,12 @@ def quantized_model(task: Task, state: Mapping[str, Tensor], spec: TrialSpec) ->
 
 def num_calibration_batches(task: Task) -> int:
     """Count the batches of ``calibration_inputs``."""
-    return math.ceil(min(_CALIBRATION_EXAMPLES, task.size("train")) / _CALIBRATION_BATCH)
+    size = min(_CALIBRATION_EXAMPLES, task.size("train"))
+    return math.ceil(size / at_once(task, "train", _CALIBRATION_BATCH))
 
 
 def calibration_inputs(task: Task, device: str) -> Iterator[Tensor]:
     """Return the batches that activation ranges come from, for trials and for Ω alike."""
     size = min(_CALIBRATION_EXAMPLES, task.size("train"))
-    for part in torch.arange(size).split(_CALIBRATION_BATCH):
+    for part in torch.arange(size).split(at_once(task, "train", _CALIBRATION_BATCH)):
         yield task.inputs(moved(task.batch("train", part), device))
