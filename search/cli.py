@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.errors import InputError
+from search.service_commands import app as service
 
 __all__ = ["app", "main"]
 
@@ -421,6 +422,9 @@ def doctor(
     _out.print(table)
     if any(check.ok is False for check in checks):
         raise typer.Exit(1)
+
+
+app.add_typer(service)
 
 
 def main() -> None:

@@ -1,0 +1,129 @@
+"""Refusals as problem documents (RFC 9457): every one names what is wrong, and where."""
+
+import json
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from search.config import SearchConfig
+from search.config_file import mistakes
+from search.service.policy import PolicyError
+from search.service.record import StateError
+from search.service.store import KeyReusedError, NoSearchError, SearchActiveError
+from search.service.tokens import TokenRefusedError
+
+__all__ = ["Mistake", "Problem", "answer_with_problems", "problem"]
+
+_MEDIA = "application/problem+json"
+
+
+class Mistake(BaseModel):
+    """One thing that is wrong with a request."""
+
+    field: str = Field(description="Dotted path in the body, or name of the parameter or header.")
+    detail: str
+
+
+class Problem(BaseModel):
+    """Why a request was refused (RFC 9457)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[Mistake] = []
+
+
+def problem(
+    status: int,
+    detail: str,
+    mistakes: Sequence[Mistake] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Return a refusal.
+
+    Args:
+        status: Of HTTP.
+        detail: What is wrong, and what would be right.
+        mistakes: The same by fields.
+        headers: More headers.
+    """
+    document = Problem(
+        title=HTTPStatus(status).phrase, status=status, detail=detail, errors=list(mistakes)
+    )
+    # ASCII, for what was sent may hold characters that no encoding has.
+    text = json.dumps(document.model_dump())
+    return Response(text, status, dict(headers or {}), _MEDIA)
+
+
+def answer_with_problems(app: FastAPI) -> None:
+    """Let an application answer every refusal and failure of its own with a problem document."""
+
+    @app.exception_handler(RequestValidationError)
+    def wrong(_: Request, error: RequestValidationError) -> Response:
+        found = [mistake for one in error.errors() for mistake in _found(one, error.body)]
+        fields = ", ".join(dict.fromkeys(mistake.field for mistake in found))
+        return problem(422, f"the request is wrong in {fields}", found)
+
+    @app.exception_handler(HTTPException)
+    def refused(_: Request, error: HTTPException) -> Response:
+        return problem(error.status_code, error.detail, headers=error.headers)
+
+    @app.exception_handler(NoSearchError)
+    def absent(_: Request, __: NoSearchError) -> Response:
+        return problem(404, "there is no such search, or it is somebody else's")
+
+    @app.exception_handler(PolicyError)
+    def forbidden(_: Request, error: PolicyError) -> Response:
+        found = Mistake(field=error.field, detail=str(error))
+        return problem(403, f"{error.field} {error}", [found])
+
+    @app.exception_handler(KeyReusedError)
+    def reused(_: Request, error: KeyReusedError) -> Response:
+        found = Mistake(field="Idempotency-Key", detail=f"must be new for a new search: {error}")
+        return problem(422, f"{found.field} {found.detail}", [found])
+
+    @app.exception_handler(StateError)
+    def conflicting(_: Request, error: StateError) -> Response:
+        return problem(409, str(error))
+
+    @app.exception_handler(SearchActiveError)
+    def active(_: Request, __: SearchActiveError) -> Response:
+        return problem(409, "a search must have ended to be deleted: cancel it first")
+
+    @app.exception_handler(TokenRefusedError)
+    def unknown(_: Request, error: TokenRefusedError) -> Response:
+        challenge = {"WWW-Authenticate": 'Bearer realm="hawq"'}
+        return problem(401, f"{error}: send Authorization: Bearer TOKEN", headers=challenge)
+
+    @app.exception_handler(Exception)
+    def broken(_: Request, __: Exception) -> Response:
+        return problem(500, "the service failed; its log says why")
+
+
+def _found(error: Mapping[str, Any], body: object) -> list[Mistake]:
+    """Return what one of FastAPI's errors stands for."""
+    place, *path = error["loc"]
+    if place != "body":
+        return [Mistake(field=".".join(map(str, path)), detail=error["msg"])]
+    if not isinstance(body, dict):
+        return [Mistake(field="body", detail=f"must be a config as JSON: {error['msg']}")]
+    try:
+        SearchConfig.model_validate(body)
+    except ValidationError as refused:
+        # The words of the command line, which name the nearest known key.
+        found = {}
+        for one, line in zip(refused.errors(), mistakes(refused, SearchConfig), strict=True):
+            field = ".".join(map(str, one["loc"]))
+            found[tuple(one["loc"])] = Mistake(
+                field=field or line.partition(":")[0], detail=line.removeprefix(f"{field}: ")
+            )
+        if tuple(path) in found:
+            return [found[tuple(path)]]
+    return [Mistake(field=".".join(map(str, path)) or "body", detail=error["msg"])]

@@ -1,0 +1,94 @@
+"""Files that grow, as they are read by those who watch."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from sse_starlette import ServerSentEvent
+
+__all__ = ["follow", "follow_events", "whole_lines"]
+
+_CHUNK_BYTES = 256 << 10
+_LOOK_SECONDS = 0.3
+
+
+def whole_lines(path: Path, offset: int) -> list[tuple[int, bytes]]:
+    """Return lines that begin after so many bytes, each with the number of bytes at its end.
+
+    A last line that is not at its end yet is left out, and so is the rest of one that ``offset``
+    is inside of.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, offset - 1))
+            skipped = file.readline() if offset else b""
+            if offset and not skipped.endswith(b"\n"):
+                return []
+            position = file.tell()
+            lines = file.read(_CHUNK_BYTES).splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        if line.endswith(b"\n"):
+            position += len(line)
+            found.append((position, line[:-1]))
+    return found
+
+
+async def follow(path: Path, offset: int, has_ended: Callable[[], bool]) -> AsyncIterator[bytes]:
+    """Yield what is in a file after so many bytes, and what is added until all has ended."""
+    while True:
+        # Asked before the file is read: then nothing that was written before the end is missed.
+        ended = await asyncio.to_thread(has_ended)
+        chunk = await asyncio.to_thread(_read, path, offset)
+        if chunk:
+            offset += len(chunk)
+            yield chunk
+        elif ended:
+            return
+        else:
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def follow_events(
+    path: Path, offset: int, end: Callable[[], str | None]
+) -> AsyncIterator[ServerSentEvent]:
+    """Yield a run's events as they come, each with its place in the file as its id.
+
+    Args:
+        path: Of ``events.jsonl``.
+        offset: Id of the last event that was seen; 0: from the beginning.
+        end: Returns what to say at the end; None while there is more to come.
+    """
+    while True:
+        last = await asyncio.to_thread(end)
+        lines = await asyncio.to_thread(whole_lines, path, offset)
+        for offset, line in lines:  # noqa: PLR1704 (it goes on from the last line)
+            if _is_json(line):
+                yield ServerSentEvent(data=line.decode(), id=str(offset))
+        if lines:
+            continue
+        if last is not None:
+            yield ServerSentEvent(data=last, event="end")
+            return
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _read(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(_CHUNK_BYTES)
+    except FileNotFoundError:
+        return b""
+
+
+def _is_json(line: bytes) -> bool:
+    """Tell whether a line is whole: a kill may have cut one short."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
