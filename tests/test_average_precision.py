@@ -3,17 +3,20 @@
 import io
 import math
 from contextlib import redirect_stdout
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from search.tasks.average_precision import average_precision, matched, pseudo_values
+from search.tasks.mmcv_ops import serve_mmcv_ops
 
+EXTRA = "needs the extra: pip install 'hawq-search[detection]'"
+COCO = pytest.importorskip("pycocotools.coco", reason=EXTRA).COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval", reason=EXTRA).COCOeval
 NUM_CLASSES = 3
 # Coordinates on a coarse grid and few scores: overlaps at a threshold, equal overlaps, equal
 # scores all come up.
@@ -130,6 +133,35 @@ def test_it_is_what_cocos_code_finds_for_a_detector_that_is_often_right(seed):
     expected = stats(images)[0]
     assert 0.2 < expected < 0.9
     assert average_precision(rows(images)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_it_is_what_mmdet_reports():
+    serve_mmcv_ops()
+    metric = import_module("mmdet.evaluation").CocoMetric()
+    metric.dataset_meta = {"classes": tuple("abc")}
+    images = draw(5, 30)
+    for number, (found, truth) in enumerate(images):
+        boxes, scores, labels = zip(*found, strict=True) if found else ([], [], [])
+        sample = {
+            "img_id": number,
+            "ori_shape": (300, 300),
+            "instances": [
+                {"bbox": list(box), "bbox_label": label, "ignore_flag": int(crowd)}
+                for box, label, crowd in truth
+            ],
+            "pred_instances": {
+                "bboxes": torch.tensor(boxes).reshape(-1, 4),
+                "scores": torch.tensor(scores),
+                "labels": torch.tensor(labels, dtype=torch.int64),
+            },
+        }
+        metric.process({}, [sample])
+    with redirect_stdout(io.StringIO()):
+        reported = metric.evaluate(len(images))
+    values = rows(images)
+    assert round(average_precision(values), 3) == reported["coco/bbox_mAP"]
+    assert round(average_precision(values, iou=0.5), 3) == reported["coco/bbox_mAP_50"]
+    assert round(average_precision(values, iou=0.75), 3) == reported["coco/bbox_mAP_75"]
 
 
 def test_only_the_hundred_likeliest_detections_of_an_image_count():

@@ -142,8 +142,9 @@ def pseudo_values(values: Tensor) -> Tensor:
         lost[touched] += left[:-1] == 0
     if num_classes == lost.max(initial=0):
         raise ValueError("values must count true boxes in at least two images, got fewer")
-    pseudo = -(num - 1) * (total + change) / (num_classes - lost)
-    return torch.from_numpy(pseudo - pseudo.mean() + total / num_classes)
+    all_of_them = total / num_classes
+    added = (num - 1) * (all_of_them - (total + change) / (num_classes - lost))
+    return torch.from_numpy(all_of_them + (added - added.mean()))
 
 
 def _check(boxes: Tensor, of_each: Tensor, labels: Tensor, num_classes: int, what: str) -> None:
