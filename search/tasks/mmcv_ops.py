@@ -44,7 +44,7 @@ def serve_mmcv_ops() -> bool:
         Whether the operations are the ones served here.
 
     Raises:
-        InputError: If mmdet, or a library of the system that it loads, is not installed.
+        InputError: If mmdet, or a system library that it loads, is missing, or versions differ.
     """
     if find_spec("mmdet") is None or find_spec("mmcv") is None:
         raise InputError(
@@ -65,6 +65,8 @@ def serve_mmcv_ops() -> bool:
                 f"OpenCV must find its system libraries, got {error}; "
                 "on Debian and Ubuntu: apt-get install libgl1 libglib2.0-0"
             ) from None
+        except AssertionError as error:  # so mmdet and mmcv speak of versions, and of nothing else
+            raise InputError(f"mmdet and mmcv must be of versions that fit: {error}") from None
     return is_served
 
 
@@ -84,7 +86,7 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
         raise AttributeError(name)
 
     def refuse(*_: object, **__: object) -> NoReturn:
-        raise InputError(f"mmcv's {name} must be compiled, torchvision has no such: {_COMPILED}")
+        raise InputError(f"mmcv's {name} must be compiled, nothing serves it here: {_COMPILED}")
 
     return refuse
 
