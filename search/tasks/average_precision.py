@@ -5,6 +5,11 @@ so a standard error or a paired difference has nothing to stand on. Pseudo-value
 (Efron and Stein, 1981) give every image a score whose mean is the average precision and whose
 standard error is the jackknife's.
 
+COCO reads precision at 101 recalls. Whether the last of them is just reached or just missed is a
+jump, and the jackknife is wrong where there are jumps: its error of a difference would be 2 times
+too large for a thousand images of three classes. What an image adds is therefore taken from the
+area under the whole curve, which the 101 points approximate.
+
 An image is one row of numbers. Detections have three outcomes at each threshold of overlap: +1 for
 one that found a true box, −1 for a false one, 0 for one that does not count because it lies in a
 crowd. A missing detection is a row of zeros, for what does not count changes nothing.
@@ -101,10 +106,11 @@ def average_precision(values: Tensor, *, iou: float | None = None) -> float:
         raise ValueError(f"iou must be one of 0.5, 0.55, …, 0.95, got {iou}")
     if not torch.isfinite(values).all():
         return math.nan
-    areas = []
-    for outcomes, image, num_true in _by_class(values):
-        everyone = np.full_like(image, 1)  # of whom row 0 leaves nobody out
-        areas.append(_areas(outcomes[:, chosen], everyone, num_true.sum(keepdims=True)))
+    areas = [
+        _mean_precision(outcome, int(num_true.sum()))
+        for outcomes, _, num_true in _by_class(values)
+        for outcome in outcomes[:, chosen].T
+    ]
     if not areas:
         raise ValueError("values must count at least one true box, got none")
     return float(np.mean(areas))
@@ -113,9 +119,10 @@ def average_precision(values: Tensor, *, iou: float | None = None) -> float:
 def pseudo_values(values: Tensor) -> Tensor:
     """Return what each image adds to the average precision.
 
-    With θ of all N images and θ₋ᵢ of all but the i-th, image i has N θ − (N − 1) θ₋ᵢ, shifted by
-    what makes the mean θ itself. Their standard deviation over √N is the jackknife's standard error
-    of θ. Differences between two networks, image by image, have the error of a paired comparison.
+    Leaving image i out changes the area under the whole curve from θ to θ₋ᵢ. Image i has
+    (N − 1)(θ − θ₋ᵢ), the jackknife's pseudo-value less a constant, shifted by what makes the mean
+    ``average_precision``. The standard deviation over √N is the standard error. Differences between
+    two networks, image by image, have the error of a paired comparison.
 
     Args:
         values: Rows of ``matched``, shape (N, 1200 + C).
@@ -142,9 +149,8 @@ def pseudo_values(values: Tensor) -> Tensor:
         lost[touched] += left[:-1] == 0
     if num_classes == lost.max(initial=0):
         raise ValueError("values must count true boxes in at least two images, got fewer")
-    all_of_them = total / num_classes
-    added = (num - 1) * (all_of_them - (total + change) / (num_classes - lost))
-    return torch.from_numpy(all_of_them + (added - added.mean()))
+    added = (num - 1) * (total / num_classes - (total + change) / (num_classes - lost))
+    return torch.from_numpy(average_precision(values) + (added - added.mean()))
 
 
 def _check(boxes: Tensor, of_each: Tensor, labels: Tensor, num_classes: int, what: str) -> None:
@@ -201,8 +207,21 @@ def _by_class(values: Tensor) -> Iterator[tuple[Floats, Integers, Integers]]:
         yield detections[ranked, 2:], image[ranked], num_true[:, label]
 
 
+def _mean_precision(outcome: Floats, num_true: int) -> float:
+    """Return a class's precision at the 101 recalls, on average, at one threshold.
+
+    Args:
+        outcome: Of its M detections, likeliest first, shape (M,).
+        num_true: True boxes of the class.
+    """
+    num_hits, num_false = (outcome > 0).cumsum(), (outcome < 0).cumsum()
+    precision = num_hits / np.maximum(num_hits + num_false, 1)
+    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)  # 0: never reached
+    return float(envelope[np.searchsorted(num_hits / num_true, _RECALLS)].mean())
+
+
 def _areas(outcomes: Floats, row: Integers, num_true: Integers) -> Floats:
-    """Return a class's average precision, in each of R rows without some of its detections.
+    """Return the areas under a class's curve, in each of R rows without some of its detections.
 
     Args:
         outcomes: Of the M detections, likeliest first, shape (M, T).
@@ -245,9 +264,5 @@ def _envelope_areas(hit: Integers, false: Integers, after: Integers, num_true: I
     rank = (~out).cumsum(1)
     precision = np.where(out, 0, rank / np.maximum(rank + num_false, 1))
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    # How many of the 101 recalls are read at each rank: the first that reaches them.
-    totals, which = np.unique(num_true, return_inverse=True)
-    recall = np.arange(1, num_hits + 1) / np.maximum(totals, 1)[:, None]
-    reads = np.diff(np.searchsorted(_RECALLS, recall, side="right"), axis=1, prepend=0)
-    areas: Floats = np.where(out, 0, reads[which[:, None], rank - 1] * envelope).sum(1)
-    return areas / len(_RECALLS)
+    areas: Floats = np.where(out, 0, envelope).sum(1) / np.maximum(num_true, 1)
+    return areas
