@@ -243,7 +243,13 @@ def _diagonal(h: Tensor, reduction: Reduction, weight: Tensor | float, sign: flo
     h = h * weight.expand_as(h)
     h = h / rank if reduction == "mean" else h
     root = h.sqrt()
-    return Factor(rank, lambda s: root * s.reshape(h.shape), sign, energies=h.reshape(-1, rank))
+    return Factor(
+        rank,
+        lambda s: root * s.reshape(h.shape),
+        sign,
+        energies=h.reshape(-1, rank),
+        orthogonal=True,
+    )
 
 
 def _checked(weight: Tensor | float, like: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ def _factor(
             image[i, part] = mix(image[i, part])
         return image
 
-    return Factor(rank, apply, sign, energies=energy * norms.gather(1, columns))
+    energies = energy * norms.gather(1, columns)
+    return Factor(rank, apply, sign, energies, orthogonal=not mixed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,12 +48,14 @@ class Factor:
         sign: +1 or −1.
         energies: ‖B e_c‖² of every column, shape (N, R), where there is a formula; None computes
             them by R applications.
+        orthogonal: Whether B's columns are, of every example: then they are its directions.
     """
 
     rank: int
     apply: Callable[[Tensor], Tensor]
     sign: float = 1.0
     energies: Tensor | None = None
+    orthogonal: bool = False
 
 
 class Objective(Protocol):

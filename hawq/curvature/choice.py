@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map_only
@@ -220,7 +221,10 @@ def choose_passes(
     if odd:
         return Choice("gauss_newton", f"{odd} cannot be taken apart by example: random signs")
     # Energies of all factors' directions, the largest first: shape (N, R).
-    energy = weights[:, None] * torch.cat([_energies(task, model, batch) for batch in batches])
+    found = [_energies(task, model, batch) for batch in batches]
+    longest = max(part.shape[1] for part in found)  # a batch pads its outputs to its own longest
+    padded = [F.pad(part, (0, longest - part.shape[1])) for part in found]
+    energy = weights[:, None] * torch.cat(padded)
     energy = energy.sort(1, descending=True).values
     active = energy > floor
     passes = float(active.sum(1).double().mean())

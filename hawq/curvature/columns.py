@@ -20,13 +20,16 @@ __all__ = ["Directions", "column_energies", "directions"]
 
 # Columns of an example that are turned together; a Gram matrix of so many is decomposed.
 _TURNED = 64
+# Outputs of an example above which columns are taken to be zero in nearly all: those of a detector.
+_WIDE = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
 class Directions:
     """Orthonormal directions in the R columns of every example's factor, by falling energy.
 
-    The first K mix the K largest columns; after them come the other columns as they are.
+    The first K mix the K largest columns, none where all are orthogonal; after them come the other
+    columns as they are.
 
     Attributes:
         factor: What they are directions of.
@@ -81,11 +84,21 @@ def directions(outputs: Tensor, factor: Factor) -> Directions:
     """
     energies = column_energies(outputs, factor)
     energy, order = energies.sort(dim=1, descending=True, stable=True)
+    if factor.orthogonal:
+        return Directions(factor, order, outputs.new_zeros(len(outputs), 0, 0), energy)
     turned = min(factor.rank, _TURNED)
-    columns = []
-    for k in range(turned):
+
+    def column(k: int) -> Tensor:
         s = outputs.new_zeros(len(outputs), factor.rank).scatter_(1, order[:, k : k + 1], 1.0)
-        columns.append(factor.apply(s).reshape(len(s), -1).double())
+        return factor.apply(s).reshape(len(s), -1)
+
+    if outputs[0].numel() <= _WIDE:
+        columns = [column(k).double() for k in range(turned)]
+    else:  # made twice, so that no more than one is in memory in full
+        touched = torch.zeros(outputs[0].numel(), dtype=torch.bool, device=outputs.device)
+        for k in range(turned):
+            touched |= (column(k) != 0).any(0)
+        columns = [column(k)[:, touched].double() for k in range(turned)]
     root = torch.stack(columns, 2)
     values, vectors = torch.linalg.eigh(root.transpose(1, 2) @ root)
     energy = torch.cat([values.flip(1).clamp_min(0), energy[:, turned:]], 1)

@@ -64,7 +64,8 @@ def plan_traces(
         split: Where the examples come from.
         num_examples: How many; all of the split where it has no more.
         pool: Draw them by importance from so many; None: uniformly.
-        batch_size: Examples a unit.
+        batch_size: Examples a unit; 1 where the network runs example by example anyway, as a
+            detector of two stages does.
         probes_per_unit: Probes a unit.
         rtol: Relative probe error to stop at.
         atol: Added to it, as a share of Σ|trace|.
@@ -89,6 +90,8 @@ def plan_traces(
         if subject == "weights"
         else activation_sites(model, layers, lambda: task.losses(model, one))
     )
+    if batch_size > 1 and _runs_by_example(task, model, layers, one, few):
+        batch_size = 1  # each pass of several examples would hold several passes
     rank = _rank(task, model, few)
     if not rank and estimator.endswith("gauss_newton"):
         raise ValueError(
@@ -218,6 +221,30 @@ def _refuse_missing_derivative(
             f"a Hessian-vector product needs second derivatives, got none: {missing}; use auto, "
             "gauss_newton or finite_difference"
         )
+
+
+def _runs_by_example(
+    task: Objective, model: nn.Module, layers: Sequence[str], one: Batch, few: Batch
+) -> bool:
+    """Whether layers run more often for a few examples than for one."""
+
+    def calls(batch: Batch) -> int:
+        count = 0
+
+        def seen(_: nn.Module, __: object) -> None:
+            nonlocal count
+            count += 1
+
+        handles = [model.get_submodule(n).register_forward_pre_hook(seen) for n in layers]
+        try:
+            with evaluating(model), torch.no_grad():
+                task.losses(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return count
+
+    return calls(few) > calls(one)
 
 
 def _rank(task: Objective, model: nn.Module, batch: Batch) -> int:
