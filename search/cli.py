@@ -345,6 +345,69 @@ def allocate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run")],
+    method: Annotated[str, typer.Option(help="Whose allocation")],
+    out: Annotated[Path, typer.Option(help="File to write")],
+    budget: Annotated[
+        str | None, typer.Option(help="Label of the budget, where there are several")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the fine-tuning (default: the first that finished)")
+    ] = None,
+    to: Annotated[
+        Literal["packed", "onnx", "torch"],
+        typer.Option(
+            "--format", help="packed: integers at their width; onnx: QDQ; torch: torch.export"
+        ),
+    ] = "packed",
+    batch: Annotated[
+        str, typer.Option(help="Inputs that an ONNX graph or torch program takes at once")
+    ] = "dynamic",
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="What is only quantized, not fine-tuned")
+    ] = False,
+) -> None:
+    """Write a run's network as packed integers, an ONNX graph or a torch program."""
+    from search.export_command import chosen
+    from search.export_command import export as export_network
+
+    if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
+        raise InputError(f"--batch: must be dynamic or a number from 1 on, got {batch!r}")
+    what = chosen(run, method, budget, seed, is_trained=not untrained)
+    size = None if batch == "dynamic" else int(batch)
+    for line in export_network(what, out, to, batch=size):
+        _out.print(Text(line))
+    _out.print(Text(str(out)), soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="Packed, ONNX or torch file of hawq export")],
+    config: ConfigPath,
+    split: Annotated[Literal["test", "search", "train"], typer.Option(help="To score")] = "test",
+    batch: Annotated[int, typer.Option(min=1, help="Inputs at once, to time")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="To compute with")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="To time; 0: not at all")] = 3.0,
+    overrides: Overrides = None,
+) -> None:
+    """Measure an exported file itself: its score, its size, its latency beside fp32."""
+    from search.evaluate_command import evaluate_file, measured_lines
+
+    found = evaluate_file(
+        file,
+        config,
+        overrides or [],
+        split=split,
+        batch=batch,
+        threads=threads,
+        seconds=seconds,
+    )
+    for line in measured_lines(found):
+        _out.print(Text(line))
+
+
+@app.command()
 def front(
     run: Annotated[Path, typer.Argument(help="Folder of a run")],
     out: Annotated[

@@ -128,7 +128,8 @@ def _mark(network: nn.Module) -> list[_Mark]:
 def _exported(network: nn.Module, example: Tensor, is_dynamic: bool) -> bytes:
     with torch.no_grad():
         outputs = [f"output_{i}" for i in range(len(network(example)))]
-    buffer = io.BytesIO()
+    names = [INPUT, *outputs]
+    buffer: Any = io.BytesIO()  # any file will do, whatever the signature says
     with warnings.catch_warnings():
         # The newer exporter needs a package of its own, and this one says so each time.
         warnings.simplefilter("ignore")
@@ -144,7 +145,7 @@ def _exported(network: nn.Module, example: Tensor, is_dynamic: bool) -> bytes:
                 training=torch.onnx.TrainingMode.PRESERVE,
                 input_names=[INPUT],
                 output_names=outputs,
-                dynamic_axes=dict.fromkeys([INPUT, *outputs], {0: "batch"}) if is_dynamic else None,
+                dynamic_axes={key: {0: "batch"} for key in names} if is_dynamic else None,
                 custom_opsets={_DOMAIN: 1},
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
@@ -152,7 +153,8 @@ def _exported(network: nn.Module, example: Tensor, is_dynamic: bool) -> bytes:
             raise ValueError(
                 f"every operator of the network must have one in ONNX, got: {told}"
             ) from error
-    return buffer.getvalue()
+    content: bytes = buffer.getvalue()
+    return content
 
 
 def _insert_weights(graph: "GraphProto", weights: Iterable[QuantizedWeight]) -> Iterator[str]:
@@ -276,18 +278,21 @@ def _rounding(
     nodes = []
     for i, (operator, names) in enumerate(steps):
         result = target if i + 1 == len(steps) else f"{prefix}/{operator}"
-        attributes = {"axis": axis} if operator.endswith("Linear") else {}
         inputs = [source, *(f"{prefix}/{n}" for n in names)]
-        nodes.append(_node(operator, inputs, result, **attributes))
+        own_axis = axis if operator.endswith("Linear") else None
+        nodes.append(_node(operator, inputs, result, own_axis))
         source = result
     used = {name for node in nodes for name in node.input}
     return nodes, [constant for constant in constants if constant.name in used]
 
 
-def _node(operator: str, inputs: list[str], output: str, **attributes: int) -> "NodeProto":
+def _node(operator: str, inputs: list[str], output: str, axis: int | None = None) -> "NodeProto":
     from onnx import helper  # noqa: PLC0415  an optional part
 
-    return helper.make_node(operator, inputs, [output], **attributes)
+    node = helper.make_node(operator, inputs, [output])
+    if axis is not None:
+        node.attribute.append(helper.make_attribute("axis", axis))
+    return node
 
 
 def _constant(name: str, value: NDArray[Any], data_type: int, bits: int) -> "TensorProto":

@@ -1,0 +1,193 @@
+"""Exported networks read back: packed integers, ONNX graphs, torch programs.
+
+Each file says where it came from, in ``about``: a packed file in its index, an ONNX graph in its
+metadata under ``hawq``, a torch program in an extra file ``hawq.json``.
+"""
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten, treespec_loads
+
+from hawq.export import Packed, load, read
+from hawq.export.onnx_graph import INPUT
+from hawq.task import Task
+from search.errors import InputError
+
+__all__ = ["ABOUT", "Exported", "Format", "OnnxRun", "network_of", "onnx_session", "read_exported"]
+
+Format = Literal["packed", "onnx", "torch"]
+ABOUT = "hawq"
+_EXTRA = "hawq.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exported:
+    """A file that ``hawq export`` wrote.
+
+    Attributes:
+        path: Where it is.
+        format: What it is.
+        content: Its bytes.
+        about: Where it came from: plain data.
+        packed: The integers, of a packed file.
+    """
+
+    path: Path
+    format: Format
+    content: bytes
+    about: Mapping[str, Any]
+    packed: Packed | None = None
+
+    @property
+    def batch(self) -> int | None:
+        """How many inputs it takes at once; None for any number."""
+        size: int | None = self.about.get("batch")
+        return size
+
+
+def read_exported(path: Path) -> Exported:
+    """Read a file that ``hawq export`` wrote.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: must be an exported network ({error.strerror})") from error
+    if content.startswith(b"PK"):
+        return Exported(path, "torch", content, _torch_about(path, content))
+    if content[8:9] == b"{":
+        try:
+            packed = read(content)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}: make one with hawq export") from error
+        return Exported(path, "packed", content, packed.about, packed)
+    return Exported(path, "onnx", content, _onnx_about(path, content))
+
+
+def network_of(exported: Exported, task: Task, threads: int = 1) -> nn.Module:
+    """Return what the file computes, as a network that takes and returns what the task's does.
+
+    Raises:
+        InputError: If the task's network is another one.
+    """
+    if exported.packed is not None:
+        try:
+            return load(exported.packed, task.model())
+        except ValueError as error:
+            raise InputError(f"{exported.path}: {error}") from error
+    if exported.format == "torch":
+        program = torch.export.load(io.BytesIO(exported.content)).module()
+        return _Runner(program, exported.batch)
+    return _Runner(OnnxRun(exported.content, exported.about["outputs"], threads), exported.batch)
+
+
+def onnx_session(content: bytes, threads: int, optimized: Path | None = None) -> Any:
+    """Open a graph in ONNX Runtime, on the processor.
+
+    Args:
+        content: The graph.
+        threads: To compute with.
+        optimized: File for what the runtime makes of it.
+
+    Raises:
+        InputError: If ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime  # noqa: PLC0415  an optional part
+    except ImportError as error:
+        raise InputError(
+            "onnxruntime must be installed to run ONNX, got none: pip install 'hawq-search[export]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # an optimized graph that is kept is for this machine: we know
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+class OnnxRun:
+    """A graph as a function of the network's inputs.
+
+    Args:
+        content: The graph.
+        outputs: How its outputs are nested, as torch's pytrees write it.
+        threads: To compute with.
+    """
+
+    def __init__(self, content: bytes, outputs: str, threads: int = 1) -> None:
+        self._session = onnx_session(content, threads)
+        self._spec = treespec_loads(outputs)
+
+    def __call__(self, x: Tensor) -> Any:
+        """Return what the network returns."""
+        found = self._session.run(None, {INPUT: x.contiguous().numpy()})
+        return tree_unflatten([torch.from_numpy(value) for value in found], self._spec)
+
+
+class _Runner(nn.Module):
+    """A function in a network's place; in pieces, where it takes a certain number of inputs."""
+
+    def __init__(self, function: Callable[[Tensor], Any], batch: int | None) -> None:
+        super().__init__()
+        # In a list, for a program is a module that refuses to be put into eval mode.
+        self._functions, self._batch = [function], batch
+        self.device = nn.Parameter(torch.zeros(0), requires_grad=False)  # tells where it is
+
+    def forward(self, x: Tensor) -> Any:
+        """Run it."""
+        (function,) = self._functions
+        if self._batch is None:
+            return function(x)
+        short = -len(x) % self._batch
+        padded = torch.cat([x, x[-1:].expand(short, *x.shape[1:])])
+        pieces = [tree_flatten(function(piece)) for piece in padded.split(self._batch)]
+        leaves = [torch.cat(of) for of in zip(*(found for found, _ in pieces), strict=True)]
+        return tree_map(lambda leaf: leaf[: len(x)], tree_unflatten(leaves, pieces[0][1]))
+
+
+def _torch_about(path: Path, content: bytes) -> Mapping[str, Any]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            (name,) = [n for n in archive.namelist() if n.endswith(f"extra/{_EXTRA}")]
+            about: dict[str, Any] = json.loads(archive.read(name))
+    except (zipfile.BadZipFile, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise _none_of_ours(path, f"a torch file without {_EXTRA}") from error
+    return about
+
+
+def _onnx_about(path: Path, content: bytes) -> Mapping[str, Any]:
+    try:
+        import onnx  # noqa: PLC0415  an optional part
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError(
+            "onnx must be installed to read ONNX, got none: pip install 'hawq-search[export]'"
+        ) from error
+    try:
+        graph = onnx.load_from_string(content)
+    except DecodeError as error:
+        raise _none_of_ours(path, "something else") from error
+    found = {entry.key: entry.value for entry in graph.metadata_props}
+    if ABOUT not in found:
+        if not graph.graph.node:
+            raise _none_of_ours(path, "something else")
+        raise _none_of_ours(path, f"an ONNX graph without the metadata {ABOUT!r}")
+    about: dict[str, Any] = json.loads(found[ABOUT])
+    return about
+
+
+def _none_of_ours(path: Path, got: str) -> InputError:
+    return InputError(f"{path}: must be a file that hawq export wrote, got {got}")
