@@ -17,6 +17,8 @@ from search.report.template import fill
 
 __all__ = ["DetectionPicture", "Panel", "detection_pictures"]
 
+Place = tuple[float, float, float, float]  # left, top, width and height, in pixels of the image
+
 _MAX_WIDTH = 800  # pixels of an embedded image: twice a panel's, for dense screens
 _QUALITY = 82
 _LETTERS = 34  # letters of a tag, each as high as wide, that would fill the width of a panel
@@ -108,9 +110,6 @@ def detection_pictures(pictures: Sequence[DetectionPicture], *, least_score: flo
             least_score=least_score,
         )
     )
-
-
-Place = tuple[float, float, float, float]  # left, top, width and height, in pixels of the image
 
 
 @dataclass(frozen=True, slots=True)
