@@ -407,6 +407,35 @@ def evaluate(
         _out.print(Text(line))
 
 
+@app.command("import")
+def import_bits(
+    file: Annotated[
+        Path, typer.Argument(help="NNCF's bitwidth_per_scope, CSV with layer and bits, or JSON")
+    ],
+    run: Annotated[Path, typer.Argument(help="Folder of a run that came past its tables")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the allocation")] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Measure it, too, without training: seconds to minutes")
+    ] = False,
+) -> None:
+    """Price bits that another program chose by a run's tables."""
+    from search.allocate_command import allocation_view
+    from search.folder import write_atomically
+    from search.import_command import imported
+
+    found, tables, left_out = imported(file, run)
+    _out.print(allocation_view(found, tables))
+    if left_out:
+        _out.print(Text(f"left out: {len(left_out)} of what operators write: {left_out[0]}, …"))
+    if score:
+        from search.score_command import score_candidate, score_spec, score_view
+
+        _out.print(Text(score_view(run, score_candidate(score_spec(run), found, tables))))
+    if out is not None:
+        write_atomically(out, found.model_dump_json(indent=1))
+        _out.print(Text(str(out)), soft_wrap=True)
+
+
 @app.command()
 def front(
     run: Annotated[Path, typer.Argument(help="Folder of a run")],
@@ -472,12 +501,16 @@ def schema(
 @app.command()
 def doctor(
     address: Annotated[str | None, typer.Option(help="Ray cluster to reach, HOST:PORT")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Build what this config describes, and look at it, instead")
+    ] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Say what this machine has, and what each optional part still needs."""
-    from search.doctor import examine
+    """Say what this machine has, and what each optional part still needs; or check a config."""
+    from search.doctor import examine, examine_config
 
-    with _err.status("starting Ray"):
-        checks = examine(address)
+    with _err.status("starting Ray" if config is None else "looking"):
+        checks = examine(address) if config is None else examine_config(config, overrides or [])
     table = Table(show_header=False, box=None)
     marks = {True: "[green]✓", False: "[red]✗", None: "[yellow]–"}
     for check in checks:
