@@ -68,6 +68,9 @@ def serve(
     allow_module: Annotated[
         list[str] | None, typer.Option(help="Module whose factories a config may name")
     ] = None,
+    allow_detectors: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose mmdetection configs one may name")
+    ] = None,
     max_searches: Annotated[int, typer.Option(min=1, help="At once; others wait")] = 1,
     max_cpus: Annotated[
         float | None, typer.Option(help="That searches may need together, at the least")
@@ -89,7 +92,13 @@ def serve(
     from search.service.serving import serve as serve_store
     from search.service.supervisor import Capacity
 
-    policy = Policy(tuple(allow_path or ()), tuple(allow_module or ()), max_cpus, max_gpus)
+    policy = Policy(
+        paths=tuple(allow_path or ()),
+        modules=tuple(allow_module or ()),
+        detectors=tuple(allow_detectors or ()),
+        cpus=max_cpus,
+        gpus=max_gpus,
+    )
     serve_store(
         store,
         Settings(policy, not no_login, body_kib << 10, rate, max(1, int(5 * rate))),

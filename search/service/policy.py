@@ -4,6 +4,7 @@ Every string of a config that is not one of a few listed words is looked at, so 
 new to the config is refused until it is judged here.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,9 +29,9 @@ _HARMLESS = (
     "activations.keep.*",
     "activations.tie.*",
 )
-_PATHS = ("latency", "task.checkpoint", "task.root", "task.search_indices")
-_FACTORIES = ("task.factory",)
-# What an allowed factory is called with is between it and the operator.
+_PATHS = ("latency", "task.checkpoint", "task.root", "task.search_indices", "task.detector.root")
+# Without a step up.
+_PACKAGED = re.compile(r"mmdet::\w[\w-]*(/\w[\w.-]*)*\.py")
 _ARGUMENTS = ("task.arguments.*",)
 
 
@@ -52,13 +53,16 @@ class Policy:
 
     Attributes:
         paths: Folders whose files may be read.
-        modules: Python modules and packages whose factories may be called.
+        modules: Python modules and packages whose factories may be called; ``mmdet`` for the
+            configs that come with it.
+        detectors: Folders whose mmdetection configs may be run, for they are Python.
         cpus: That a single piece of its work may take; None: no matter.
         gpus: The same.
     """
 
     paths: tuple[Path, ...] = ()
     modules: tuple[str, ...] = ()
+    detectors: tuple[Path, ...] = ()
     cpus: float | None = None
     gpus: float | None = None
 
@@ -83,39 +87,39 @@ class Policy:
         for field, text in free_strings(config):
             if _matches(field, _HARMLESS):
                 continue
-            if _matches(field, _ARGUMENTS) and config.task.factory is not None:
-                continue
             if field in _PATHS:
-                self._refuse_path(field, text)
-            elif field in _FACTORIES:
-                self._refuse_factory(field, text)
-            else:
+                _refuse_outside(field, text, self.paths)
+            elif field == "task.factory":
+                self._refuse_module(field, text.partition(":")[0])
+            elif field == "task.detector.config" and _PACKAGED.fullmatch(text):
+                self._refuse_module(field, "mmdet")
+            elif field == "task.detector.config":
+                _refuse_outside(field, text, self.detectors)
+            # What an allowed factory is called with is between it and the operator.
+            elif not (_matches(field, _ARGUMENTS) and config.task.factory is not None):
                 raise PolicyError(field, "must be left out of a search that is submitted")
 
-    def _refuse_path(self, field: str, text: str) -> None:
-        path = Path(text)
-        try:
-            # A link out of an allowed folder, or a step up from it, leads elsewhere.
-            real = path.resolve()
-        except (OSError, ValueError, RuntimeError):
-            real = None
-        if (
-            not path.is_absolute()
-            or real is None
-            or not any(real.is_relative_to(allowed.resolve()) for allowed in self.paths)
-        ):
-            known = ", ".join(map(str, self.paths)) or "none"
-            raise PolicyError(
-                field, f"must be a path within what the service allows ({known}), got {text!r}"
-            )
-
-    def _refuse_factory(self, field: str, text: str) -> None:
-        module = text.partition(":")[0]
+    def _refuse_module(self, field: str, module: str) -> None:
         if not any(module == one or module.startswith(f"{one}.") for one in self.modules):
             known = ", ".join(self.modules) or "none"
             raise PolicyError(
-                field, f"must be of a module that the service allows ({known}), got {text!r}"
+                field, f"must be of a module that the service allows ({known}), got {module!r}"
             )
+
+
+def _refuse_outside(field: str, text: str, folders: Sequence[Path]) -> None:
+    path = Path(text)
+    try:
+        # A link out of an allowed folder, or a step up from it, leads elsewhere.
+        real = path.resolve()
+    except (OSError, ValueError, RuntimeError):
+        real = None
+    within = real and any(real.is_relative_to(folder.resolve()) for folder in folders)
+    if not path.is_absolute() or not within:
+        known = ", ".join(map(str, folders)) or "none"
+        raise PolicyError(
+            field, f"must be a path within what the service allows ({known}), got {text!r}"
+        )
 
 
 def free_strings(config: BaseModel) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Refusals as problem documents (RFC 9457): every one names what is wrong, and where."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -67,7 +68,7 @@ def answer_with_problems(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def wrong(_: Request, error: RequestValidationError) -> Response:
-        found = [mistake for one in error.errors() for mistake in _found(one, error.body)]
+        found = [_found(one, error.body) for one in error.errors()]
         fields = ", ".join(dict.fromkeys(mistake.field for mistake in found))
         return problem(422, f"the request is wrong in {fields}", found)
 
@@ -107,23 +108,26 @@ def answer_with_problems(app: FastAPI) -> None:
         return problem(500, "the service failed; its log says why")
 
 
-def _found(error: Mapping[str, Any], body: object) -> list[Mistake]:
-    """Return what one of FastAPI's errors stands for."""
+def _found(error: Mapping[str, Any], body: object) -> Mistake:
+    """Return what one of FastAPI's errors stands for, in the words of the command line."""
     place, *path = error["loc"]
     if place != "body":
-        return [Mistake(field=".".join(map(str, path)), detail=error["msg"])]
+        return Mistake(field=".".join(map(str, path)), detail=error["msg"])
     if not isinstance(body, dict):
-        return [Mistake(field="body", detail=f"must be a config as JSON: {error['msg']}")]
+        return Mistake(field="body", detail=f"must be a config as JSON: {error['msg']}")
     try:
         SearchConfig.model_validate(body)
     except ValidationError as refused:
-        # The words of the command line, which name the nearest known key.
-        found = {}
-        for one, line in zip(refused.errors(), mistakes(refused, SearchConfig), strict=True):
-            field = ".".join(map(str, one["loc"]))
-            found[tuple(one["loc"])] = Mistake(
-                field=field or line.partition(":")[0], detail=line.removeprefix(f"{field}: ")
-            )
-        if tuple(path) in found:
-            return [found[tuple(path)]]
-    return [Mistake(field=".".join(map(str, path)) or "body", detail=error["msg"])]
+        lines = mistakes(refused, SearchConfig)
+        for one, line in zip(refused.errors(), lines, strict=True):
+            if list(one["loc"]) == path:
+                return _mistake(".".join(map(str, path)), line)
+    return Mistake(field=".".join(map(str, path)) or "body", detail=error["msg"])
+
+
+def _mistake(path: str, line: str) -> Mistake:
+    """Take a line of the command line's apart, which may name the field by itself."""
+    if path:
+        return Mistake(field=path, detail=line.removeprefix(f"{path}: "))
+    named = re.match(r"([a-z_]+(?:\.\w+)*): ", line)
+    return Mistake(field=named[1] if named else "body", detail=line[named.end() if named else 0 :])

@@ -74,7 +74,9 @@ class Record(_Document):
                 return self.model_copy(update={"state": "cancelling", "reason": ""})
             case "cancelling" | "cancelled":
                 return self
-        raise StateError(f"a search must not have ended to be cancelled, got one that {self.state}")
+        raise StateError(
+            f"a search must be queued or running to be cancelled, got one that is {self.state}"
+        )
 
     def resumed(self) -> "Record":
         """Return the record with the wish that it go on, and all attempts before it.

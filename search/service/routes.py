@@ -254,14 +254,13 @@ def events(
     response_class=FileResponse,
     responses=_OF_STATE | {200: {"model": Summary}},
 )
-def result(record: Owned, store: Searches) -> FileResponse:
+def result(record: Owned, store: Searches) -> Response:
     """Return what a search found: the run's summary.json."""
     if record.state != "succeeded":
         raise StateError(
             f"a search must have succeeded to have a result, got one that is {record.state}"
         )
-    path = store.folder(record.id).run / "summary.json"
-    return FileResponse(path, media_type="application/json")
+    return _file(store.folder(record.id).run / "summary.json")
 
 
 @router.get("/searches/{search}/artefacts", responses=_OF_SEARCH)
@@ -285,7 +284,13 @@ def artefact(
     # Nothing but a name of the list is ever joined to the folder.
     if path not in {one.path for one in artefacts_of(folder)}:
         return problem(404, "the run has no such file")
-    return FileResponse(folder.run / path, headers=_SANDBOX)
+    return _file(folder.run / path)
+
+
+def _file(path: Path) -> Response:
+    if not path.is_file():  # it was deleted in this moment, or by hand
+        return problem(404, f"the run has no {path.name} any more")
+    return FileResponse(path, headers=_SANDBOX)
 
 
 def _has_ended(store: Store, search: str) -> bool:
