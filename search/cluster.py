@@ -38,6 +38,8 @@ def connected(address: str | None, *, dashboard: bool) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Tune's older output falls silent when asked to; its new one prints banners all the same.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Trials find relative paths, of a detector's config or of one's own factory, where we do.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # Else every worker without a GPU warns about a change of CUDA_VISIBLE_DEVICES to come.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray asks for a token by default and says so at length; the line that we yield is shorter.

@@ -1,16 +1,26 @@
 """``hawq doctor``: what this machine has, and what each optional part still needs."""
 
 import importlib.metadata
+import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from hawq.cost import FLOAT_BITS, mib
 from search.cluster import connected
+from search.config_file import load_config
 from search.errors import InputError
+from search.events import EventLog
+from search.folder import RunFolder
 from search.machine import machine, versions
+from search.pipeline import prepared
+from search.stages.search import Search
 
-__all__ = ["Check", "examine"]
+__all__ = ["Check", "examine", "examine_config"]
 
 _DISTRIBUTION = "hawq-search"
 
@@ -52,6 +62,51 @@ def examine(address: str | None) -> list[Check]:
     except InputError as error:
         checks.append(Check("Ray", False, str(error)))
     return checks
+
+
+def examine_config(path: Path, overrides: Sequence[str]) -> list[Check]:
+    """Build what a config describes, and look at one example of it, without running anything.
+
+    Args:
+        path: Of the config.
+        overrides: KEY=VALUE.
+    """
+    try:
+        config = load_config(path, overrides)
+    except InputError as error:
+        return [Check("config", False, str(error))]
+    checks = [Check("config", True, str(path))]
+    with TemporaryDirectory() as nowhere:
+        folder = RunFolder(Path(nowhere))
+        try:
+            search = prepared(config, folder, EventLog(folder.path / "events.jsonl", ()))
+            checks += _seen(search)
+        except InputError as error:
+            return [*checks, Check("search", False, str(error))]
+    return checks
+
+
+def _seen(search: Search) -> Iterator[Check]:
+    """Say what there is to search, and whether its loss and its score are numbers."""
+    task, space = search.task, search.space
+    sizes = ", ".join(f"{task.size(split):,} {split}" for split in ("train", "search", "test"))
+    yield Check("data", True, sizes)
+    for remark in task.remarks() if hasattr(task, "remarks") else ():
+        yield Check("data", None, remark)
+    model = task.model()
+    if search.checkpoint is not None:
+        model.load_state_dict(search.checkpoint)
+    size = mib(sum(p.numel() for p in model.parameters()) * FLOAT_BITS)
+    yield Check("network", True, f"{type(model).__name__}, {size:.1f} MiB in floating point")
+    tensors = len(space.groups) - len(search.layers) if search.config.searches_activations else 0
+    chosen = f"{len(search.layers)} layers" + (f" and {tensors} activation tensors" * bool(tensors))
+    yield Check("space", True, f"{chosen}: {', '.join(b.label for b in search.config.budgets)}")
+    batch = task.batch("train", torch.arange(1))
+    loss = float(task.losses(model, batch).detach()[0])
+    yield Check("loss", math.isfinite(loss), f"{loss:.4g} on the first training example")
+    with torch.no_grad():
+        values = task.scores(model, task.batch("search", torch.arange(1)))
+    yield Check("score", bool(torch.isfinite(values).all()), task.score_name)
 
 
 def _extras() -> list[Check]:

@@ -71,7 +71,17 @@ from search.tasks.checkpoint import load_weights
 from search.tasks.folded import FoldedTask, folding
 from search.trials.tracking import refuse_untrackable
 
-__all__ = ["AGREEMENT", "SEARCHES", "STAGES", "STUDY", "Stage", "run", "stages_of", "trained"]
+__all__ = [
+    "AGREEMENT",
+    "SEARCHES",
+    "STAGES",
+    "STUDY",
+    "Stage",
+    "prepared",
+    "run",
+    "stages_of",
+    "trained",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +203,7 @@ def _under_way(
 ) -> Iterator[tuple[Search, Callable[[], None]]]:
     """Lock the folder; yield the search and what connects to the cluster, once."""
     folder = RunFolder(out)
-    search = _prepare(config, folder, EventLog(out / "events.jsonl", listeners))
+    search = prepared(config, folder, EventLog(out / "events.jsonl", listeners))
     if not force:
         _refuse_changes(search, stages)
     with ExitStack() as stack:
@@ -230,8 +240,17 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _prepare(config: SearchConfig, folder: RunFolder, events: EventLog) -> Search:
-    """Build what the stages need, and find mistakes before anything is written."""
+def prepared(config: SearchConfig, folder: RunFolder, events: EventLog) -> Search:
+    """Build what the stages need, and find mistakes before anything is written.
+
+    Args:
+        config: What to search.
+        folder: Of the run; nothing is written there.
+        events: Of the run.
+
+    Raises:
+        InputError: If something that was given is wrong.
+    """
     refuse_unreachable(config.ray.address)
     refuse_untrackable(config.trials.mlflow)
     task = build_task(config.task, config.seed)

@@ -72,7 +72,7 @@ class Training(_Part):
 
     seed: int
     digest: str = Field(description="Of the choice that was trained, and of its order.")
-    correct: str = Field(description="Which test examples it got right: base64 of packed bits.")
+    correct: str = Field(description="Each test example's score, base64: packed bits, or float32.")
     seconds: float = Field(description="Of fine-tuning.")
     command: str
     commit: str | None = Field(description="Of the program's checkout; null: it was none.")
@@ -187,15 +187,10 @@ def read_results(path: Path) -> Results:
 
 
 def packed(scores: NDArray[np.floating[Any]]) -> str:
-    """Write scores that are right or wrong, shape (N,), as base64 of packed bits.
-
-    Raises:
-        ValueError: If one is neither 0 nor 1.
-    """
-    odd = scores[(scores != 0) & (scores != 1)]
-    if len(odd):
-        raise ValueError(f"scores must be 0 or 1 for every test example, got {odd[0]:g}")
-    return base64.b64encode(np.packbits(scores.astype(np.bool_)).tobytes()).decode()
+    """Write scores, shape (N,), as base64: packed bits where all are 0 or 1, else float32."""
+    are_bits = bool(((scores == 0) | (scores == 1)).all())
+    raw = np.packbits(scores.astype(np.bool_)) if are_bits else scores.astype("<f4")
+    return base64.b64encode(raw.tobytes()).decode()
 
 
 def unpacked(text: str, num: int) -> NDArray[np.float64]:
@@ -205,6 +200,8 @@ def unpacked(text: str, num: int) -> NDArray[np.float64]:
         ValueError: If it does not hold so many.
     """
     raw = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    if len(raw) == 4 * num:
+        return raw.view("<f4").astype(np.float64)
     if len(raw) != -(-num // 8):
         raise ValueError(f"must hold {num} bits in {-(-num // 8)} bytes, got {len(raw)} bytes")
     return np.unpackbits(raw, count=num).astype(np.float64)

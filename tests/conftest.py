@@ -14,6 +14,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 
 # Results have the same bits for the same number of threads only; tests may run side by side.
 torch.set_num_threads(1)

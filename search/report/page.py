@@ -1,13 +1,16 @@
 """The report's page: what to say in which order, filled into ``page.html``."""
 
+import numpy as np
 import plotly.graph_objects as go
 import yaml
 
 from search.artefacts import Summary
+from search.pictured import Boxes, PicturesDocument, read_jpeg
 from search.report.bits_map import bits_map
 from search.report.calibration_findings import trust
 from search.report.caveats import caveats
 from search.report.cost_columns import cost_columns
+from search.report.detection_pictures import DetectionPicture, Panel, detection_pictures
 from search.report.eigenvalue_parts import block_figures, has_holes
 from search.report.estimators import ESTIMATORS
 from search.report.figures import (
@@ -33,7 +36,11 @@ from search.traced import EigenvalueDocument
 __all__ = ["render"]
 
 
-def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> str:
+def render(
+    summary: Summary,
+    eigenvalues: EigenvalueDocument | None = None,
+    pictures: PicturesDocument | None = None,
+) -> str:
     """Write the report of a run as one HTML page.
 
     The page holds its figures and plotly.js once, loads nothing, and depends on the arguments
@@ -43,6 +50,7 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
         summary: The run.
         eigenvalues: Of the blocks of the network; left out, with a caveat, where they are of other
             weights than the run's.
+        pictures: Of a detector.
 
     Returns:
         HTML to be written as UTF-8.
@@ -92,6 +100,7 @@ def render(summary: Summary, eigenvalues: EigenvalueDocument | None = None) -> s
         estimator=ESTIMATORS[summary.curvature.estimator],
         estimators=ESTIMATORS,
         trust=trusted,
+        pictures=None if pictures is None else detection_pictures(_shown(pictures)),
         eigenvalues=shown,
         iterated=iterated,
         has_holes=has_holes,
@@ -124,3 +133,23 @@ def _activation_traces(summary: Summary) -> dict[str, go.Figure]:
         return {}
     axis = "Tensor, named after its first reader"
     return {"activation-traces-figure": traces(found, x=axis, unit="loss / activation²")}
+
+
+def _shown(pictures: PicturesDocument) -> list[DetectionPicture]:
+    """Return the pictures of a run as the page draws them."""
+    return [
+        DetectionPicture(
+            read_jpeg(image.jpeg),
+            {name: _panel(found) for name, found in image.panels.items()},
+            pictures.class_names,
+        )
+        for image in pictures.images
+    ]
+
+
+def _panel(found: Boxes) -> Panel:
+    return Panel(
+        np.array(found.boxes, np.float32).reshape(-1, 4),
+        np.array(found.labels, np.int64),
+        None if found.scores is None else np.array(found.scores, np.float32),
+    )

@@ -1,29 +1,42 @@
-"""The report in a run's folder: of its summary, and of the eigenvalues that were traced there."""
+"""The report in a run's folder: of its summary, and of what else was left there to be shown."""
 
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from search.artefacts import Summary
 from search.errors import InputError
 from search.folder import write_atomically
+from search.pictured import PICTURES_FILE, PicturesDocument
 from search.report.page import render
 from search.traced import EigenvalueDocument
 
 __all__ = ["rewrite_report", "write_report"]
 
+_Document = TypeVar("_Document", bound=BaseModel)
+
 
 def write_report(folder: Path, summary: Summary) -> Path:
-    """Write a run's report, with ``eigenvalues.json`` in it where the folder holds one.
+    """Write a run's report, with ``eigenvalues.json`` and ``pictures.json`` in it where they are.
 
     Returns:
         Where the report is.
 
     Raises:
-        InputError: If ``eigenvalues.json`` is not what this version writes.
+        InputError: If one of these is not what this version writes.
     """
     path = folder / "report.html"
-    write_atomically(path, render(summary, _eigenvalues(folder / "eigenvalues.json")))
+    write_atomically(
+        path,
+        render(
+            summary,
+            _read(
+                folder / "eigenvalues.json", EigenvalueDocument, "hawq trace --estimator eigenvalue"
+            ),
+            _read(folder / PICTURES_FILE, PicturesDocument, "hawq run"),
+        ),
+    )
     return path
 
 
@@ -40,14 +53,14 @@ def rewrite_report(folder: Path) -> Path | None:
     return write_report(folder, summary)
 
 
-def _eigenvalues(path: Path) -> EigenvalueDocument | None:
+def _read(path: Path, document: type[_Document], command: str) -> _Document | None:
     if not path.exists():
         return None
     try:
-        return EigenvalueDocument.model_validate_json(path.read_bytes())
+        return document.model_validate_json(path.read_bytes())
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(
-            f"{path} must be what hawq trace --estimator eigenvalue of this version writes, got "
-            f"another form of {where or 'it'}: delete it, or trace again"
+            f"{path} must be what {command} of this version writes, got another form of "
+            f"{where or 'it'}: delete it, or run that again"
         ) from error

@@ -1,6 +1,6 @@
 """Stage 7: the one look at the test split."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from search.artefacts import Candidate, Difference, Score, TestArtefact, TrialsArtefact
-from search.folder import content_hash
+from search.folder import content_hash, write_atomically
+from search.pictured import PICTURES_FILE, Pictured, take_pictures
 from search.replicates import Replicates
 from search.stages.scoring import Job, score_all
 from search.stages.search import Search
 from search.stages.trials import specs
 from search.tasks.checkpoint import save_state
+from search.trials import TrialSpec, quantized_model
 
 __all__ = ["SCORES_FILE", "inputs", "make"]
 
@@ -53,6 +55,7 @@ def make(search: Search) -> TestArtefact:
         {"unquantized": torch.tensor(reference)}
         | {key: torch.tensor(r.scores, dtype=torch.float32) for key, r in replicates.items()},
     )
+    _keep_pictures(search, tested)
     full = Replicates((0,), ("",), np.asarray(reference, np.float64)[None])
     return TestArtefact(
         num_examples=len(reference),
@@ -73,6 +76,27 @@ def make(search: Search) -> TestArtefact:
             if (gained := replicates[first].minus(replicates[second])) is not None
         ],
     )
+
+
+def _keep_pictures(search: Search, tested: Sequence[TrialSpec]) -> None:
+    """Let the network, and the best of the trained ones, look at a few images, if it finds boxes.
+
+    Of the search split, and the best there: the test split has been looked at once.
+    """
+    if not isinstance(search.task, Pictured):
+        return
+    network = search.task.model()
+    network.load_state_dict(search.weights)
+    networks = {"fp32": network}
+    score = {(t.digest, t.seed): t.search_score or 0.0 for t in search.trials}
+    best = max(tested, key=lambda spec: score[spec.digest, spec.seed], default=None)
+    if best is not None:
+        quantized = quantized_model(search.task, search.weights, best)
+        quantized.load_state_dict(load_file(best.folder / "model.safetensors"))
+        method = next(c.method for c in search.candidates if best.digest in c.digests)
+        networks[f"quantized: {method}"] = quantized
+    found = take_pictures(search.task, {k: v.eval() for k, v in networks.items()})
+    write_atomically(search.folder.path / PICTURES_FILE, found.model_dump_json())
 
 
 def _joined(

@@ -8,11 +8,14 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hawq.task import Factor
+from hawq.task import Factor, moved
 from search.errors import InputError
+from search.pictured import Boxes
 from search.tasks.average_precision import matched, pseudo_values
 from search.tasks.detection_data import DetectionData, dataset_of, flip_probability
 from search.tasks.detection_losses import image_losses, output_factors, smoothing
@@ -234,6 +237,26 @@ class DetectionTask:
         """Return the files of a batch's images."""
         infos = self._data(_PARTS[int(batch["part"][0])]).infos
         return [str(infos[index]["img_path"]) for index in batch["seed"].tolist()]
+
+    def picture(self, split: str, index: int) -> tuple[NDArray[np.uint8], Boxes]:
+        """Return an image, RGB, shape (H, W, 3), with its annotated boxes."""
+        data = self._data(self._part(split))
+        example = data.example(int(self._indices(split)[index]))
+        plain = ~example["ignored"]
+        boxes = Boxes(
+            boxes=example["boxes"][plain].tolist(), labels=example["labels"][plain].tolist()
+        )
+        return example["image"].flip(0).permute(1, 2, 0).numpy(), boxes  # read as blue, green, red
+
+    @torch.no_grad()
+    def found(self, model: nn.Module, split: str, index: int) -> Boxes:
+        """Return the boxes that a network finds in that image, with their scores."""
+        batch = moved(self.batch(split, torch.tensor([index])), next(model.parameters()).device)
+        (sample,) = model.predict(batch["images"], self._samples(batch), rescale=False)  # type: ignore[operator]
+        found = sample.pred_instances
+        return Boxes(
+            boxes=found.bboxes.tolist(), labels=found.labels.tolist(), scores=found.scores.tolist()
+        )
 
     @property
     def _config(self) -> Any:
