@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hawq.curvature import estimate_traces, plan_traces
 from hawq.curvature.probes import rademacher
 from hawq.hessian_forms import hessian_form
 from hawq.space import quantizable_layers
@@ -396,6 +397,61 @@ def test_a_loss_on_boxes_is_found_in_blocks():
     )
     torch.testing.assert_close(form.values.sum(), hessian.trace())
     assert bool((form.values < 0).any())
+
+
+class Detection:
+    """Four images as ``hawq.task.Objective``."""
+
+    def __init__(self) -> None:
+        self._images, self._samples = examples(4)
+
+    def size(self, split: str) -> int:
+        return 4
+
+    def batch(self, split: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._images[indices], indices
+
+    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        samples = [self._samples[i] for i in batch[1]]
+        return image_losses(model, batch[0], samples, smooth=BETA, seeds=batch[1].tolist())
+
+    def curvature(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, list[Factor]] | None:
+        samples = [self._samples[i] for i in batch[1]]
+        return output_factors(model, batch[0], samples, smooth=BETA, seeds=batch[1].tolist())
+
+
+CHOICES = {
+    ("retinanet", "weights"): ("mixed_gauss_newton", "a Hessian-vector product agrees"),
+    ("retinanet", "activations"): ("mixed_gauss_newton", "a Hessian-vector product agrees"),
+    ("ssd", "weights"): ("hutchinson", "the task gives no factor"),
+    ("faster-rcnn", "weights"): ("gauss_newton", "RoIAlignFunction is marked once_different"),
+    ("faster-rcnn", "activations"): ("mixed_gauss_newton", "RoIAlignFunction is marked once_dif"),
+}
+
+
+@pytest.mark.parametrize(("name", "subject"), CHOICES)
+def test_the_estimator_is_chosen_and_estimates(name, subject):
+    model = detector(name)
+    layers = ["backbone.layer4.1.conv2"]
+    layers += {
+        "retinanet": ["bbox_head.retina_cls"],
+        "ssd": ["bbox_head.reg_convs.0.0"],
+        "faster-rcnn": ["rpn_head.rpn_cls", "roi_head.bbox_head.fc_cls"],
+    }[name]
+    plan, reason = plan_traces(
+        Detection(), model, layers, subject=subject, batch_size=2, max_probes=4
+    )
+    estimator, why = CHOICES[name, subject]
+    assert plan.estimator == estimator
+    assert why in reason
+    # A network that runs image by image anyway is taken so.
+    assert plan.batch_size == (1 if name == "faster-rcnn" else 2)
+    estimate = estimate_traces(Detection(), model, plan)
+    assert np.isfinite(estimate.trace).all()
+    if estimator != "hutchinson":
+        assert (estimate.trace > 0).all()
 
 
 @pytest.mark.slow

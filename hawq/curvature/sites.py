@@ -189,12 +189,16 @@ class ActivationTape:
             if gradient is None:
                 norms.append(torch.zeros(len(rows), seen.site.num_channels, dtype=torch.float64))
                 continue
-            if len(gradient) != (self._num_examples or len(gradient)):
+            num = self._num_examples or len(gradient)
+            if num == 1:  # all rows are the example's, such as regions of one image
+                squares = gradient.square().movedim(seen.axis, 0)[None].flatten(2)[rows]
+            elif len(gradient) == num:
+                squares = gradient[rows].square().movedim(seen.axis, 1)[..., None].flatten(2)
+            else:
                 raise ValueError(
                     f"{seen.site.name} must hold one example a row to be taken apart by example, "
-                    f"got {len(gradient)} rows of {self._num_examples} examples: use hutchinson"
+                    f"got {len(gradient)} rows of {num} examples: use hutchinson"
                 )
-            squares = gradient[rows].square().movedim(seen.axis, 1)[..., None].flatten(2)
             norms.append(squares.sum(2, dtype=torch.float64).cpu())
         return norms
 
