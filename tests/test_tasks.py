@@ -15,7 +15,7 @@ from hawq.testing import check_task
 from search.config import TaskConfig
 from search.errors import InputError
 from search.tasks.build import build_task
-from search.tasks.checkpoint import load_weights, state_sha256
+from search.tasks.checkpoint import load_weights, read_state, save_state, state_sha256
 from search.tasks.classification import ClassificationTask
 from search.tasks.images import load_images
 from search.tasks.networks import SmallResNet
@@ -213,3 +213,14 @@ def test_a_factory_makes_the_users_own_task():
 def test_a_factory_that_makes_no_task_is_refused(factory, message):
     with pytest.raises(InputError, match=message):
         build_task(TaskConfig(factory=factory), seed=0)
+
+
+def test_tensors_with_several_names_are_saved_under_each(tmp_path):
+    shared = torch.arange(3.0)
+    save_state(tmp_path / "x.safetensors", {"a": shared, "b": shared, "c": shared[:2]})
+    found = read_state(tmp_path / "x.safetensors")
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "a": [0, 1, 2],
+        "b": [0, 1, 2],
+        "c": [0, 1],
+    }

@@ -95,8 +95,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors, atomically."""
-    write_atomically(path, save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
+    """Write named tensors as safetensors, atomically; what several names share is written for each.
+
+    A tensor that several layers read has one quantizer, and the layers a name for it each.
+    """
+    tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in stored else tensor
+        stored.add(storage)
+    write_atomically(path, save(tensors))
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
