@@ -86,10 +86,14 @@ def network_of(exported: Exported, task: Task, threads: int = 1) -> nn.Module:
             return load(exported.packed, task.model())
         except ValueError as error:
             raise InputError(f"{exported.path}: {error}") from error
+    function: Callable[[Tensor], Any]
     if exported.format == "torch":
-        program = torch.export.load(io.BytesIO(exported.content)).module()
-        return _Runner(program, exported.batch)
-    return _Runner(OnnxRun(exported.content, exported.about["outputs"], threads), exported.batch)
+        function = torch.export.load(io.BytesIO(exported.content)).module()
+    else:
+        function = OnnxRun(exported.content, exported.about["outputs"], threads)
+    runner = _Runner(function, exported.batch)
+    plain = task.model()
+    return _detector(exported.path, plain, runner) if hasattr(plain, "predict") else runner
 
 
 def onnx_session(content: bytes, threads: int, optimized: Path | None = None) -> Any:
@@ -156,6 +160,20 @@ class _Runner(nn.Module):
         pieces = [tree_flatten(function(piece)) for piece in padded.split(self._batch)]
         leaves = [torch.cat(of) for of in zip(*(found for found, _ in pieces), strict=True)]
         return tree_map(lambda leaf: leaf[: len(x)], tree_unflatten(leaves, pieces[0][1]))
+
+
+def _detector(path: Path, plain: nn.Module, runner: _Runner) -> nn.Module:
+    """Let a detector find its boxes in what the file computes: the outputs of its head."""
+    head = getattr(plain, "bbox_head", None)
+    if not isinstance(head, nn.Module) or hasattr(plain, "roi_head"):
+        raise InputError(
+            f"{path}: must hold a detector of one stage to be scored, for the file ends with the "
+            f"outputs of the head, got {type(plain).__name__}: evaluate the packed file"
+        )
+    # Features are not needed: the file takes images.
+    setattr(plain, "extract_feat", lambda images: images)  # noqa: B010  no attribute of its type
+    setattr(head, "forward", runner.forward)  # noqa: B010
+    return plain
 
 
 def _torch_about(path: Path, content: bytes) -> Mapping[str, Any]:

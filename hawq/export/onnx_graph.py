@@ -67,7 +67,7 @@ def onnx_graph(
 
     network = _Flat(load(packed, model)).eval()
     marks = _mark(network)
-    exported = onnx.load_from_string(_exported(network, example, is_dynamic))
+    exported = onnx.load_from_string(_exported(network, example, marks, is_dynamic))
     graph = exported.graph
     notes = [
         *_insert_weights(graph, packed.weights),
@@ -125,7 +125,7 @@ def _mark(network: nn.Module) -> list[_Mark]:
     return marks
 
 
-def _exported(network: nn.Module, example: Tensor, is_dynamic: bool) -> bytes:
+def _exported(network: nn.Module, example: Tensor, marks: list[_Mark], is_dynamic: bool) -> bytes:
     with torch.no_grad():
         outputs = [f"output_{i}" for i in range(len(network(example)))]
     names = [INPUT, *outputs]
@@ -146,7 +146,7 @@ def _exported(network: nn.Module, example: Tensor, is_dynamic: bool) -> bytes:
                 input_names=[INPUT],
                 output_names=outputs,
                 dynamic_axes={key: {0: "batch"} for key in names} if is_dynamic else None,
-                custom_opsets={_DOMAIN: 1},
+                custom_opsets={_DOMAIN: 1} if marks else None,
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             told = " ".join(str(error).split())[:300]
