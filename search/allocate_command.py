@@ -23,7 +23,7 @@ from search.searchers import Rules
 from search.stages.candidates import candidate
 from search.tables import Tables
 
-__all__ = ["METHODS", "allocate", "allocation_view", "read_tables"]
+__all__ = ["METHODS", "allocate", "allocation_view", "read_budget", "read_tables"]
 
 Granularity = Literal["layer", "channel"]
 
@@ -74,7 +74,7 @@ def allocate(
         of_layers = [known for known in METHODS if known != "channel"]
         fitting = "channel" if granularity == "channel" else f"one of {', '.join(of_layers)}"
         raise InputError(f"--method: must be {fitting} for --granularity {granularity}, got {name}")
-    wanted = _budget(budget)
+    wanted = read_budget(budget)
     artefact = read_tables(run)
     groups = artefact.channels if by_channel else artefact
     if groups is None:
@@ -127,7 +127,12 @@ def allocation_view(found: Candidate, tables: Tables) -> RenderableType:
     return Group(table, *(Text(line) for line in _predictions(found)))
 
 
-def _budget(pairs: Sequence[str]) -> Budget:
+def read_budget(pairs: Sequence[str]) -> Budget:
+    """Read a budget as the command line has it, ``KEY=VALUE`` several times.
+
+    Raises:
+        InputError: If it makes no sense.
+    """
     if not pairs:
         raise InputError(f"--budget: give KEY=VALUE with {', '.join(Budget.model_fields)}")
     given: dict[str, object] = {}

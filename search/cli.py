@@ -410,20 +410,26 @@ def evaluate(
 @app.command("import")
 def import_bits(
     file: Annotated[
-        Path, typer.Argument(help="NNCF's bitwidth_per_scope, CSV with layer and bits, or JSON")
+        Path,
+        typer.Argument(
+            help="NNCF's bitwidth_per_scope or average traces, CSV with layer and bits, or JSON"
+        ),
     ],
     run: Annotated[Path, typer.Argument(help="Folder of a run that came past its tables")],
+    budget: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE: what bits by average traces may cost")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the allocation")] = None,
     score: Annotated[
         bool, typer.Option("--score", help="Measure it, too, without training: seconds to minutes")
     ] = False,
 ) -> None:
-    """Price bits that another program chose by a run's tables."""
+    """Price what another program chose, or traced, by a run's tables."""
     from search.allocate_command import allocation_view
     from search.folder import write_atomically
     from search.import_command import imported
 
-    found, tables, left_out = imported(file, run)
+    found, tables, left_out = imported(file, run, budget or [])
     _out.print(allocation_view(found, tables))
     if left_out:
         _out.print(Text(f"left out: {len(left_out)} of what operators write: {left_out[0]}, …"))

@@ -1,13 +1,15 @@
-"""Bits that other programs chose, in the names of a run.
+"""Bits and traces of other programs, in the names of a run.
 
 NNCF names a weight by its scope, ``ResNet/Sequential[layer1]/BasicBlock[0]/NNCFConv2d[conv1]/…``:
 the names in brackets, up to the layer, are PyTorch's own. Its ``bitwidth_per_scope`` is a list of
-[bits, scope], alone or anywhere in a JSON file.
+[bits, scope], alone or anywhere in a JSON file. Its average traces are a tensor without names, one
+for each layer in the order in which the network runs.
 """
 
 import csv
 import io
 import json
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from search.artefacts import Candidate
 from search.errors import InputError
 from search.tables import Tables
 
-__all__ = ["ImportedBits", "priced", "read_bits"]
+__all__ = ["ImportedBits", "is_torch_file", "priced", "read_average_traces", "read_bits"]
 
 _LISTED = 3
 # What NNCF puts into a layer, and the node that it adds to a layer's scope.
@@ -111,6 +113,46 @@ def priced(given: ImportedBits, tables: Tables, source: str) -> Candidate:
         evaluations=0,
         seconds=0.0,
     )
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file is one of torch's: traces, not bits."""
+    try:
+        with path.open("rb") as file:
+            return file.read(2) in {b"PK", b"\x80\x02"}
+    except OSError:
+        return False  # the reader says what is wrong with it
+
+
+def read_average_traces(path: Path, names: Sequence[str]) -> dict[str, float]:
+    """Read NNCF's average traces, a torch file of one tensor.
+
+    Args:
+        path: The file.
+        names: Groups of the weights, in the order in which the network runs.
+
+    Returns:
+        Trace over number of weights, by group.
+
+    Raises:
+        InputError: If the file holds anything else, or another number of traces.
+    """
+    import torch  # noqa: PLC0415  a file of bits needs none
+
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: must be a torch file of average traces ({reason})") from error
+    if not isinstance(found, torch.Tensor) or found.numel() != len(names):
+        got = str(found.numel()) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise InputError(
+            f"{path}: must hold an average trace for each of {len(names)} layers, got {got}"
+        )
+    values = found.double().flatten()
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"{path}: average traces must be finite, got {values.tolist()}")
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 def _entries(path: Path, text: str) -> Iterator[tuple[str, int]]:

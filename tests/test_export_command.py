@@ -25,6 +25,7 @@ from search.errors import InputError
 from search.export_command import chosen, export
 from search.exported import network_of, read_exported
 from search.folder import RunFolder
+from search.import_command import imported
 from search.tasks.checkpoint import read_state, save_state
 from search.trials import TrialSpec, quantized_model
 from search.trials.running import run_trial
@@ -214,3 +215,25 @@ def test_imported_bits_are_priced_by_the_tables_of_the_run(run, tmp_path, monkey
     assert found["digest"] == own.digest
     assert found["costs"] == own.costs
     assert "predicted" in capsys.readouterr().out
+
+
+def test_average_traces_are_taken_in_the_order_in_which_the_network_runs(run, tmp_path):
+    artefact = tables()
+    layers = [g["name"] for g in artefact.space if g["name"].startswith("w:")]
+    order = list(dict.fromkeys(operation.weight for operation in artefact.operations))
+    assert sorted(order) == sorted(layers)
+    traces = torch.rand(len(order), generator=torch.Generator().manual_seed(0)) + 0.1
+    torch.save(traces, tmp_path / "traces")
+    budget = ["average_bits=3", "activation_average_bits=4"]
+    found, used, _ = imported(tmp_path / "traces", run, budget)
+    assert found.average_bits <= 3
+    for name, trace in zip(order, traces.tolist(), strict=True):
+        row = used.space.names.index(name)
+        num_elements = used.space.groups[row].num_elements
+        assert used.traces[row] == pytest.approx(trace * num_elements)
+
+
+def test_traces_of_another_network_are_refused(run, tmp_path):
+    torch.save(torch.ones(2), tmp_path / "traces")
+    with pytest.raises(InputError, match=r"an average trace for each of \d+ layers, got 2"):
+        imported(tmp_path / "traces", run, ["average_bits=3"])
