@@ -214,7 +214,8 @@ def _speed(
     quantized, floating = timed_in_turns(
         [lambda: session.run(None, feed), lambda: other.run(None, feed)], _nothing, seconds, clock
     )
-    return Speed("ONNX Runtime", batch, threads, quantized, floating, num_integer, num_float)
+    runtime = "ONNX Runtime" if file.packed is None else "ONNX Runtime, by its graph"
+    return Speed(runtime, batch, threads, quantized, floating, num_integer, num_float)
 
 
 def _graph(packed: Packed, task: Task, inputs: Tensor) -> bytes:
