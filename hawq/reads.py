@@ -35,6 +35,12 @@ __all__ = [
 # What passes a layer's output on to a sum, channel by channel.
 _PASSING = {"batch_norm", "dropout", "interpolate", "contiguous", "clone"}
 _ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+# What passes it on to a concatenation: the same and the usual activations, element by element.
+_ELEMENTWISE = _PASSING | {
+    "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "prelu", "elu",
+    "silu", "gelu", "hardswish", "sigmoid", "tanh",
+}  # fmt: skip
+_JOINING = {"cat", "concat", "concatenate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,7 @@ class Reads:
             that no layer reads are not among them, and a tensor of which only a view is kept is
             taken for dead.
         sums: Layers whose outputs are added to each other, directly or after batch-norm.
+        joins: Layers whose outputs are concatenated, directly or after an activation.
     """
 
     layers: tuple[Layer, ...]
@@ -108,6 +115,7 @@ class Reads:
     reads: tuple[Read, ...]
     alive: tuple[tuple[str, ...], ...]
     sums: tuple[tuple[str, ...], ...]
+    joins: tuple[tuple[str, ...], ...] = ()
 
     def without(self, patterns: Sequence[str], kind: Kind) -> "Reads":
         """Leave out what stays in floating point.
@@ -134,13 +142,21 @@ class Reads:
 
     def _only(self, layers: tuple[Layer, ...], tensors: set[str]) -> "Reads":
         kept = {layer.name for layer in layers}
-        sums = (tuple(name for name in members if name in kept) for members in self.sums)
+        sums, joins = (
+            tuple(
+                left
+                for members in sets
+                if len(left := tuple(name for name in members if name in kept)) > 1
+            )
+            for sets in (self.sums, self.joins)
+        )
         return Reads(
             layers,
             tuple(a for a in self.activations if a.name in tensors),
             tuple(r for r in self.reads if r.layer in kept),
             tuple(tuple(name for name in step if name in tensors) for step in self.alive),
-            tuple(members for members in sums if len(members) > 1),
+            sums,
+            joins,
         )
 
 
@@ -201,13 +217,12 @@ def read_network(model: nn.Module, inputs: Tensor) -> Reads:
         tuple(s.activation.name for s in watch.seen if s.born < following and step <= s.needed)
         for step, following in pairwise([*watch.steps, inf])
     )
-    return Reads(
-        tuple(layers),
-        tuple(seen.activation for seen in watch.seen),
-        tuple(watch.reads),
-        alive,
-        tuple(tuple(name for name in sharing if name in members) for members in watch.sums),
+    sums, joins = (
+        tuple(tuple(name for name in sharing if name in members) for members in sets)
+        for sets in (watch.sums, watch.joins)
     )
+    activations = tuple(seen.activation for seen in watch.seen)
+    return Reads(tuple(layers), activations, tuple(watch.reads), alive, sums, joins)
 
 
 def tensor_name(layer: str, taken: Iterable[str]) -> str:
@@ -297,12 +312,15 @@ class _Made:
         step: That made it.
         needed: The last step that took it.
         layers: Whose outputs it is the sum of, while nothing but batch-norm came between.
+        parts: Whose outputs it is made of, while nothing but sums, concatenations and functions of
+            single elements came between.
     """
 
     tensor: Tensor
     step: int
     needed: int
     layers: frozenset[str] = field(default_factory=frozenset)
+    parts: frozenset[str] = field(default_factory=frozenset)
 
 
 class _Watch(TorchFunctionMode):
@@ -314,6 +332,7 @@ class _Watch(TorchFunctionMode):
         self.reads: list[Read] = []
         self.steps: list[int] = []
         self.sums: list[frozenset[str]] = []
+        self.joins: list[frozenset[str]] = []
         self._step = 0
         self._inside = 0  # of a layer: its own functions make nothing that others could see
         self._made: dict[int, _Made] = {id(inputs): _Made(inputs, 0, 0)}
@@ -344,9 +363,10 @@ class _Watch(TorchFunctionMode):
         for tensor in taken:
             if id(tensor) in self._made:
                 self._made[id(tensor)].needed = self._step
+        layers, parts = self._layers(name, taken), self._parts(name, taken)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._make(tensor, self._layers(name, taken))
+                self._make(tensor, layers, parts)
         return result
 
     def reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -356,7 +376,7 @@ class _Watch(TorchFunctionMode):
             self._step += 1
             self._inside += 1
             tensor = args[0]
-            made = self._made.get(id(tensor)) or self._make(tensor, frozenset())
+            made = self._made.get(id(tensor)) or self._make(tensor)
             made.needed = self._step
             if id(tensor) not in {key for _, key in self._read}:
                 activation = Activation(
@@ -381,14 +401,19 @@ class _Watch(TorchFunctionMode):
             (tensor,) = [a.name for a, read in self._read if read == key]
             self.reads.append(Read(name, called, tensor, macs))
             self.steps.append(self._step)
-            self._make(output, frozenset({name}))
+            self._make(output, frozenset({name}), frozenset({name}))
 
         return hook
 
-    def _make(self, tensor: Tensor, layers: frozenset[str]) -> _Made:
+    def _make(
+        self,
+        tensor: Tensor,
+        layers: frozenset[str] = frozenset(),
+        parts: frozenset[str] = frozenset(),
+    ) -> _Made:
         # What works in place gives the same tensor back, with another content.
         needed = self._made[id(tensor)].needed if id(tensor) in self._made else self._step
-        made = _Made(tensor, self._step, max(needed, self._step), layers)
+        made = _Made(tensor, self._step, max(needed, self._step), layers, parts)
         self._made[id(tensor)] = made
         return made
 
@@ -401,3 +426,15 @@ class _Watch(TorchFunctionMode):
             self.sums = [*(s for s in self.sums if not s <= together), together]
             return together
         return sources[0] if name in _PASSING and sources else frozenset()
+
+    def _parts(self, name: str, taken: Sequence[Tensor]) -> frozenset[str]:
+        """Return whose outputs a function's result is made of, element by element."""
+        sources = [self._made[id(t)].parts for t in taken if id(t) in self._made]
+        if name in _JOINING and len(sources) > 1:
+            together = frozenset[str]().union(*sources)
+            if len(together) > 1:
+                self.joins = [*(s for s in self.joins if not s <= together), together]
+            return together
+        if name in _ADDING and len(sources) == 2:
+            return sources[0] | sources[1]
+        return sources[0] if name in _ELEMENTWISE and sources else frozenset()

@@ -133,6 +133,26 @@ def compare(
 
 
 @app.command()
+def inspect(
+    what: Annotated[
+        str, typer.Argument(metavar="CONFIG|NETWORK", help="YAML file, or pytorchcv:resnet50")
+    ],
+    overrides: Overrides = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of a network's input (default: its own)")
+    ] = None,
+    estimator: Annotated[
+        bool, typer.Option("--estimator", help="Find out which estimator applies, too: seconds")
+    ] = False,
+) -> None:
+    """Show what there is to quantize: layers, tensors, ties, and what stays in floating point."""
+    from search.inspect_command import inspected, inspection_view
+
+    found = inspected(what, overrides or (), resolution=resolution, estimator=estimator)
+    _out.print(inspection_view(found))
+
+
+@app.command()
 def trace(
     config: ConfigPath,
     of: Annotated[

@@ -13,6 +13,7 @@ from hawq.finetune import Recipe
 from hawq.space import unquantizable_weights
 from hawq.task import Task
 from search.artefacts import ModelArtefact
+from search.config import TaskConfig
 from search.fit import fit, read_progress
 from search.folder import content_hash
 from search.stages.scoring import score_all
@@ -22,6 +23,16 @@ from search.tasks.checkpoint import state_sha256
 __all__ = ["inputs", "make"]
 
 _POLL_SECONDS = 0.5
+_LATER = {
+    "pretrained",
+    "model",
+    "batches",
+    "loss",
+    "metric",
+    "train_size",
+    "test_size",
+    "resolution",
+}
 
 
 def inputs(search: Search) -> dict[str, Any]:
@@ -30,7 +41,7 @@ def inputs(search: Search) -> dict[str, Any]:
     return {
         "config": {
             "seed": config.seed,
-            "task": config.task.model_dump(mode="json", exclude={"root", "checkpoint"}),
+            "task": _described(config.task),
             "checkpoint_sha256": None if checkpoint is None else state_sha256(checkpoint),
         },
         "data": search.task.fingerprint,
@@ -40,7 +51,7 @@ def inputs(search: Search) -> dict[str, Any]:
 def make(search: Search) -> ModelArtefact:
     """Train the network where the config says so; score it unquantized."""
     model, config = search.task.model(), search.config.task
-    source = "factory" if config.factory else "checkpoint"
+    source = "factory" if config.factory or search.checkpoint is None else "checkpoint"
     state = search.checkpoint or model.state_dict()
     if config.pretrain is not None:
         source, state = "trained", _trained(search, config.pretrain.recipe())
@@ -63,6 +74,12 @@ def make(search: Search) -> ModelArtefact:
             "search_score": float(scores.mean()),
         }
     )
+
+
+def _described(task: TaskConfig) -> dict[str, Any]:
+    found = task.model_dump(mode="json", exclude={"root", "checkpoint", "cache"})
+    # Where they are not given they are absent: a run of an earlier version goes on as it is.
+    return {key: value for key, value in found.items() if value or key not in _LATER}
 
 
 def _trained(search: Search, recipe: Recipe) -> dict[str, Tensor]:

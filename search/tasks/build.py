@@ -1,15 +1,22 @@
 """From a config to a task: a built-in one, or the user's own factory."""
 
-import importlib
 import json
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from hawq.task import Task
 from search.config import DetectorConfig, TaskConfig
 from search.errors import InputError
 from search.tasks.classification import ClassificationTask
+from search.tasks.factories import FactoryNetwork, Network, called, imported
 from search.tasks.folded import folded, folding
+from search.tasks.given import Batches, Given, Loss, Made, given, given_task
+from search.tasks.imagenet import imagenet_task
+from search.tasks.portable import packed
+from search.tasks.zoo import Preprocessing, ZooNetwork
 
 __all__ = ["build_task"]
 
@@ -42,24 +49,39 @@ def build_task(config: TaskConfig, seed: int) -> Task:
 def _plain_task(config: TaskConfig, seed: int) -> Task:
     if config.detector is not None:
         return _detection_task(config, config.detector, seed)
+    if config.batches is not None:
+        return given_task(_made(config, config.batches, seed))
+    if config.data == "imagenet":
+        return _imagenet(config, seed)
     if config.data is not None:
-        return ClassificationTask(
+        network = _network(config)
+        task = ClassificationTask(
             data=config.data,
             root=config.root,
-            network=config.network,
+            network=config.network if network is None else network,
             search_size=config.search_size,
             search_indices=config.search_indices,
             split_seed=seed,
-            # A checkpoint has seen all training images unless a split is named that it has not.
-            search_seen=config.checkpoint is not None and config.search_indices is None,
+            # Trained weights have seen all training images unless a split is named that they
+            # have not.
+            search_seen=config.pretrain is None and config.search_indices is None,
         )
+        if network is not None:
+            _refuse_misfit(network, task.inputs(task.batch("train", torch.arange(2))), seed)
+        return task
     assert config.factory is not None
-    factory = _factory(config.factory)
+    factory = imported(config.factory, "task.factory")
     try:
         task = factory(**config.arguments)
     except TypeError as error:
         raise InputError(
             f"task.arguments: {config.factory} must accept {sorted(config.arguments)} ({error})"
+        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # it is the user's: anything may happen in it
+        raise InputError(
+            f"task.factory: {config.factory} must not fail, got {type(error).__name__}: {error}"
         ) from error
     if not isinstance(task, Task):
         missing = [name for name in dir(Task) if name[0] != "_" and not hasattr(task, name)]
@@ -84,14 +106,94 @@ def _detection_task(config: TaskConfig, detector: DetectorConfig, seed: int) -> 
     )
 
 
-def _factory(path: str) -> Callable[..., Any]:
-    module, separator, name = path.partition(":")
-    if not separator:
-        raise InputError(f"task.factory: must be package.module:callable, got {path!r}")
-    try:
-        factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"task.factory: {path!r} must be importable ({error})") from error
-    if not callable(factory):
-        raise InputError(f"task.factory: {path!r} must be callable, got {type(factory).__name__}")
-    return factory
+def _network(config: TaskConfig) -> Network | None:
+    """Return what builds the user's network or a published one; None for a built-in one."""
+    if config.model is not None:
+        return FactoryNetwork.of(config.model, config.arguments)
+    if config.is_published:
+        arguments = json.dumps(config.arguments, sort_keys=True)
+        return ZooNetwork(config.network, config.pretrained, arguments)
+    return None
+
+
+def _imagenet(config: TaskConfig, seed: int) -> Task:
+    network = _network(config)
+    assert network is not None
+    assert config.root is not None
+    assert config.cache is not None
+    plain = network.preprocessing() if isinstance(network, ZooNetwork) else Preprocessing()
+    preprocessing = plain.at(config.resolution)
+    black = torch.zeros(2, 3, preprocessing.size, preprocessing.size)
+    return imagenet_task(
+        network,
+        preprocessing,
+        root=config.root,
+        cache=config.cache,
+        num_outputs=_refuse_misfit(network, black, seed),
+        search_size=config.search_size,
+        train_size=config.train_size,
+        test_size=config.test_size,
+        seed=seed,
+        search_seen=config.pretrain is None,
+    )
+
+
+def _made(config: TaskConfig, batches: str, seed: int) -> Made:
+    """Import the user's functions here; they travel to where they cannot be imported."""
+    assert config.model is not None
+    network = FactoryNetwork.of(config.model, config.arguments)
+    loss, metric = (
+        None if path is None else imported(path, f"task.{key}")
+        for key, path in (("loss", config.loss), ("metric", config.metric))
+    )
+    maker = partial(
+        _given,
+        network,
+        partial(called, imported(batches, "task.batches"), {}, f"task.batches: {batches}"),
+        loss,
+        metric,
+        search_size=config.search_size,
+        trained=config.pretrain is None,
+        seed=seed,
+    )
+    return Made(packed(maker, "task"))
+
+
+def _given(
+    network: Network,
+    batches: Callable[[], Batches],
+    loss: Loss | None,
+    metric: Loss | None,
+    *,
+    search_size: int,
+    trained: bool,
+    seed: int,
+) -> Given:
+    return given(
+        network.build(seed),
+        batches(),
+        loss,
+        metric,
+        search_size=search_size,
+        trained=trained,
+        seed=seed,
+    )
+
+
+def _refuse_misfit(network: Network, images: Tensor, seed: int) -> int:
+    """Run a network on two images; return how many classes it tells apart.
+
+    Raises:
+        InputError: If it does not take them, or returns no classes.
+    """
+    model = network.build(seed)
+    shape = tuple(images.shape)
+    with torch.no_grad():
+        outputs = called(lambda: model(images), {}, f"the network, on images of shape {shape}")
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(
+            f"the network must return classes, shape ({len(images)}, C), got {got}: give batches, "
+            "loss and metric, or wrap it in a module that picks them"
+        )
+    return outputs.shape[1]

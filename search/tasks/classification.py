@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hawq.factors import softmax_factor
 from hawq.task import Factor
 from search.errors import InputError
+from search.tasks.factories import Network
 from search.tasks.images import ImageSet, load_images
 from search.tasks.networks import SmallResNet
 
@@ -29,7 +30,7 @@ class ClassificationTask:
     Attributes:
         data: ``"digits"`` or ``"cifar10"``.
         root: Folder of the data; None for digits.
-        network: ``"resnet20"`` and its siblings of depth 6n+2.
+        network: ``"resnet20"`` and its siblings of depth 6n+2, or what builds another one.
         search_size: Training images held out as the search split, drawn with ``split_seed``.
         search_indices: JSON file with a list of training-image indices to be the search split
             instead, for a checkpoint that never saw them.
@@ -39,7 +40,7 @@ class ClassificationTask:
 
     data: str
     root: str | None
-    network: str
+    network: str | Network
     search_size: int
     search_indices: str | None = None
     split_seed: int = 0
@@ -53,13 +54,16 @@ class ClassificationTask:
     @property
     def fingerprint(self) -> str:
         """Hash of the description, the pixels and the labels, not of where they lie."""
-        description = asdict(self) | {"root": None, "search_indices": None}
+        named = self.network if isinstance(self.network, str) else self.network.fingerprint
+        description = asdict(self) | {"root": None, "search_indices": None, "network": named}
         split = self._indices("search").numpy().tobytes()
         text = json.dumps(description, sort_keys=True) + self._images().digest()
         return hashlib.sha256(text.encode() + split).hexdigest()[:16]
 
     def model(self) -> nn.Module:
         """Build the network with seeded random weights, in eval mode."""
+        if not isinstance(self.network, str):
+            return self.network.build(self.split_seed)
         images = self._images()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.split_seed)

@@ -1,0 +1,199 @@
+"""Published networks by name: built, prepared for, or refused with the nearest name."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hawq.reads import read_network
+from hawq.testing import check_task
+from search.config import TaskConfig
+from search.errors import InputError
+from search.tasks.build import build_task
+from search.tasks.zoo import Preprocessing, ZooNetwork
+
+SMALL = "pytorchcv:sqnxt23_w1"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pytorchcv:resnet50", Preprocessing()),
+        ("pytorchcv:inceptionv3", Preprocessing(299, 342)),
+        ("pytorchcv:sqnxt23_w2", Preprocessing()),
+        ("pytorchcv:mobilenetv2_w1", Preprocessing()),
+        ("torchvision:resnet50", Preprocessing(224, 232)),
+        ("torchvision:mobilenet_v2", Preprocessing(224, 232)),
+        ("timm:mobilenetv2_100", Preprocessing(224, 256, "bicubic")),
+    ],
+)
+def test_a_networks_images_are_prepared_as_its_library_says(name, expected):
+    assert ZooNetwork(name).preprocessing() == expected
+
+
+def test_another_resolution_keeps_the_share_that_is_cut_out():
+    assert Preprocessing().at(112) == Preprocessing(112, 128)
+    assert Preprocessing().at(None) == Preprocessing()
+
+
+# Published counts: of 2.0-SqNxt-23 (Gholami et al., 2018, table 2: 2.6 M parameters with 749 M
+# MACs in pytorchcv's table) and of 1.0-SqNxt-23 (0.72 M).
+def test_a_network_of_the_papers_has_its_published_size():
+    model = ZooNetwork("pytorchcv:sqnxt23_w2").build(0)
+    assert sum(p.numel() for p in model.parameters()) == 2_366_376
+    assert not model.training
+
+
+def test_the_same_seed_builds_the_same_weights_and_leaves_the_generator_alone():
+    network = ZooNetwork(SMALL)
+    torch.manual_seed(5)
+    first = network.build(0).state_dict()
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    second, other = network.build(0).state_dict(), network.build(1).state_dict()
+    name = next(name for name, value in first.items() if value.ndim == 4)
+    assert torch.equal(first[name], second[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_a_task_of_small_images_takes_a_published_network():
+    config = TaskConfig(
+        data="digits",
+        search_size=100,
+        network="timm:test_vit",
+        arguments={"num_classes": 10, "in_chans": 1, "img_size": 8, "patch_size": 4},
+        pretrain={"epochs": 1},
+    )
+    task = build_task(config, seed=0)
+    check_task(task)
+    plain = build_task(TaskConfig(data="digits", network="resnet8", pretrain={}), seed=0)
+    assert task.fingerprint != plain.fingerprint
+    assert (
+        len(read_network(task.model(), task.inputs(task.batch("train", torch.arange(1)))).layers)
+        > 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorchcv:resnet51", r"pytorchcv:resnet51 must be known.*did you mean resnet\w+"),
+        ("timm:mobilnetv2_100", r"did you mean mobilenetv2_\d+"),
+        ("torchvision:resnet", r"did you mean resnet\d+"),
+        ("torchvision:zzzz", r"it has \d+ others"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_ones(name, message):
+    with pytest.raises(InputError, match=message):
+        ZooNetwork(name).build(0)
+
+
+def test_arguments_that_a_network_does_not_take_are_named():
+    network = ZooNetwork(SMALL, arguments=json.dumps({"depth": 3}))
+    with pytest.raises(
+        InputError, match=r"pytorchcv:sqnxt23_w1\(depth=…\): must not fail, got Type"
+    ):
+        network.build(0)
+
+
+def test_weights_that_cannot_be_loaded_are_an_error_of_the_users(tmp_path, monkeypatch):
+    # A network that pytorchcv has no weights of: its own loading code says so, without a download.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    network = ZooNetwork("pytorchcv:resnet10", pretrained=True, arguments='{"model_name": "none"}')
+    with pytest.raises(
+        InputError, match=r"resnet10, pretrained\(model_name=…\): must not fail, got"
+    ):
+        network.build(0)
+    assert ZooNetwork(SMALL, pretrained=True).fingerprint != ZooNetwork(SMALL).fingerprint
+
+
+def test_a_missing_library_says_which_extra_has_it(monkeypatch):
+    # None in sys.modules is how Python itself marks a module that cannot be imported.
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    assert importlib.util.find_spec("pytorchcv") is not None
+    with pytest.raises(
+        InputError, match=r"timm must be installed .*pip install 'hawq-search\[zoo\]'"
+    ):
+        ZooNetwork("timm:resnet18").build(0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data": "cifar10", "network": "resnet50 "}, "network"),
+        ({"data": "cifar10", "pretrained": True}, "pretrained is for published networks"),
+        ({"data": "cifar10", "network": SMALL}, "got none"),
+        (
+            {"data": "cifar10", "network": SMALL, "pretrained": True, "pretrain": {}},
+            "and pretrained",
+        ),
+        ({"data": "imagenet", "network": SMALL, "pretrained": True}, "needs root"),
+        ({"data": "imagenet", "root": "r", "cache": "c", "pretrain": {}}, "needs model, or a publ"),
+        ({"data": "digits", "pretrain": {}, "train_size": 5}, "train_size is for data: imagenet"),
+        ({"batches": "a:b"}, "batches needs model"),
+        ({"data": "digits", "model": "a:b", "loss": "a:b"}, "loss is for batches"),
+        ({"factory": "a:b", "model": "a:b"}, "model needs data or batches"),
+        ({"data": "digits", "model": "a:b", "checkpoint": "x", "pretrain": {}}, "give either"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        TaskConfig.model_validate(keys)
+
+
+class Detector(nn.Module):
+    def forward(self, x):
+        return {"boxes": x}
+
+
+def test_outputs_that_are_no_classes_are_refused():
+    config = TaskConfig(data="digits", model=f"{__name__}:Detector")
+    with pytest.raises(
+        InputError, match=r"must return classes, shape \(2, C\), got dict: give bat"
+    ):
+        build_task(config, seed=0)
+
+
+def test_a_network_of_ones_own_goes_with_built_in_images():
+    config = TaskConfig(data="digits", model=f"{__name__}:linear", arguments={"width": 12})
+    task = build_task(config, seed=0)
+    check_task(task)
+    assert task.search_seen  # a factory's weights are taken for trained ones
+    assert not build_task(config.model_copy(update={"pretrain": {}}), seed=0).search_seen
+    wider = TaskConfig(data="digits", model=f"{__name__}:linear", arguments={"width": 13})
+    assert build_task(wider, seed=0).fingerprint != task.fingerprint
+
+
+def linear(width):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def test_a_network_of_ones_own_goes_with_ones_own_batches():
+    config = TaskConfig(
+        batches=f"{__name__}:rows",
+        model=f"{__name__}:linear",
+        arguments={"width": 6},
+        loss=f"{__name__}:squared",
+        metric=f"{__name__}:negative",
+        search_size=5,
+    )
+    task = build_task(config, seed=0)
+    check_task(task)
+    assert [task.size(split) for split in ("train", "search", "test")] == [15, 5, 20]
+    assert task.score_name == "negative"
+
+
+def rows():
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    return {"train": (x, x[:, :10]), "test": (x, x[:, :10])}
+
+
+def squared(outputs, targets):
+    return (outputs - targets).square().sum(1)
+
+
+def negative(outputs, targets):
+    return -squared(outputs, targets)
