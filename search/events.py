@@ -2,14 +2,18 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Event", "EventLog", "read_events"]
+__all__ = ["Event", "EventLog", "Measure", "Measures", "read_events"]
 
 Kind = Literal["started", "progress", "finished", "skipped", "note", "warning", "failed"]
+Measure = Literal[
+    "probes", "relative_error", "evaluations", "episodes", "reward", "trials", "best_score"
+]
+Measures = Mapping[Measure, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class Event:
         done: Work done so far, of a progress event.
         total: All of the stage's work, same unit.
         unit: What is counted: ``"probes"``, ``"images"``.
+        measures: Numbers that say how it stands, for plots of what goes on.
     """
 
     time: float
@@ -34,6 +39,7 @@ class Event:
     done: float | None = None
     total: float | None = None
     unit: str | None = None
+    measures: Measures | None = None
 
 
 Listener = Callable[[Event], None]
@@ -60,9 +66,10 @@ class EventLog:
         done: float | None = None,
         total: float | None = None,
         unit: str | None = None,
+        measures: Measures | None = None,
     ) -> None:
         """Record an event now."""
-        event = Event(time.time(), stage, kind, message, done, total, unit)
+        event = Event(time.time(), stage, kind, message, done, total, unit, measures)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event)) + "\n")
         for listener in self._listeners:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,12 +23,25 @@ from hawq.task import Task, curved
 from search.cluster import num_workers
 from search.config import CurvatureConfig, WorkersConfig
 from search.errors import InputError
+from search.events import Measures
 from search.probes import UnitFile, WorkerPool, estimate_on_workers
 
 __all__ = ["Progress", "Traced", "trace_on_cluster"]
 
-# How far it is: done, of how many, what, and a remark.
-Progress = Callable[[float, float, str, str], None]
+
+class Progress(Protocol):
+    """Told how far something is: done, of how many, what, a remark, and measures."""
+
+    def __call__(
+        self,
+        done: float,
+        total: float,
+        unit: str,
+        message: str,
+        measures: Measures | None = None,
+        /,
+    ) -> None: ...
+
 
 _FEW = 4
 
@@ -181,12 +195,14 @@ def _report(reducer: Reducer, progress: Progress) -> None:
         return
     rounds = estimate.num_probes // plan.probes_per_unit
     met = estimate.converged(plan.rtol, plan.atol)
+    size = np.maximum(np.abs(estimate.trace), 1e-300)
+    worst = float((estimate.probe_error / size).max())
     if reducer.finished:
         done = expected = rounds * plan.num_batches
     else:
         # Errors fall with the root of the probes: a forecast, not a promise.
-        size = np.maximum(np.abs(estimate.trace), 1e-300)
-        factor = max(1.0, float((estimate.probe_error / size).max() / plan.rtol) ** 2)
+        factor = max(1.0, (worst / plan.rtol) ** 2)
         expected = min(plan.num_units, int(np.ceil(factor * rounds)) * plan.num_batches)
     message = f"{met.sum()} of {len(met)} within tolerance"
-    progress(done, max(done, expected), "units", message)
+    measures: Measures = {"probes": estimate.num_probes, "relative_error": worst}
+    progress(done, max(done, expected), "units", message, measures)

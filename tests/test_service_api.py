@@ -320,8 +320,12 @@ def test_every_string_of_a_config_is_judged():
 
 def run_of(service, search):
     run = service.store.folder(search).run
-    (run / "best").mkdir(parents=True)
-    (run / "best" / "allocation.json").write_text("{}")
+    (run / "best.1").mkdir(parents=True)
+    (run / "best.1" / "allocation.json").write_text("{}")
+    (run / "best").symlink_to("best.1")
+    (run / "loop").symlink_to(".")
+    (run / "best.1" / "link").symlink_to("/etc/passwd")
+    (run / "up").symlink_to("..")
     (run / "report.html").write_text("<script>alert(1)</script>")
     (run / "run.lock").write_text("1")
     (run / ".hidden").write_text("1")
@@ -349,6 +353,10 @@ def test_artefacts_are_listed_and_downloaded(service):
         "..%5Crecord.json",
         "%2e%2e/record.json",
         "link",
+        "best/link",
+        "up/record.json",
+        "loop/report.html",
+        "best.1/allocation.json",
         "run.lock",
         ".hidden",
         "best",

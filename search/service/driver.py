@@ -111,7 +111,7 @@ def drive(folder: SearchFolder, attempt: int, address: str) -> None:
         # Connected here, so that a cluster that is gone is an accident, and no mistake of the
         # config's.
         with connected(address, dashboard=False):
-            listeners: list[Listener] = [view, heart, Telemetry(record.name)]
+            listeners: list[Listener] = [view, heart, Telemetry(record.name, attempt)]
             try:
                 run(config, folder.run, name=record.name, listeners=listeners)
             except InputError as error:

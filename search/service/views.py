@@ -1,5 +1,9 @@
 """What the interface tells of searches."""
 
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from search.events import Event
@@ -86,16 +90,29 @@ def page_view(store: Store, page: Page) -> SearchPage:
 
 
 def artefacts_of(folder: SearchFolder) -> list[Artefact]:
-    """List a run's files, without locks, temporary ones, Ray's own, and links."""
-    found = []
-    for path in sorted(folder.run.rglob("*")):
-        inside = path.relative_to(folder.run)
-        hidden = any(part.startswith(".") for part in inside.parts) or path.suffix == ".lock"
-        if hidden or inside.parts[0] == "tune" or path.is_symlink() or not path.is_file():
+    """List a run's files, without locks, temporary ones and Ray's own.
+
+    A link counts as what it leads to, as ``best`` does, unless that is elsewhere.
+    """
+    return sorted(_files(folder.run, folder.run.resolve()), key=lambda found: found.path)
+
+
+def _files(folder: Path, run: Path, inside: str = "") -> Iterator[Artefact]:
+    try:
+        entries = list(folder.iterdir())
+    except FileNotFoundError:  # nothing there yet, or a link was moved on in this moment
+        return
+    for path in entries:
+        name = f"{inside}{path.name}"
+        # What best leads to has names of its own, which come and go.
+        is_odd = path.name.startswith((".", "best.")) or path.suffix == ".lock"
+        if is_odd or name == "tune":
             continue
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # a run that goes on replaces files
+        if path.is_symlink() and (inside or path.resolve().parent != run):
             continue
-        found.append(Artefact(path=str(inside), size=status.st_size, modified=status.st_mtime))
-    return found
+        if path.is_dir():
+            yield from _files(path, run, f"{name}/")
+        elif path.is_file():
+            with suppress(FileNotFoundError):  # a run that goes on replaces files
+                status = path.stat()
+                yield Artefact(path=name, size=status.st_size, modified=status.st_mtime)

@@ -19,7 +19,7 @@ from search.artefacts import (
     TrialsArtefact,
 )
 from search.config import RecipeConfig, SearchConfig
-from search.events import EventLog
+from search.events import EventLog, Measures
 from search.folder import RunFolder
 from search.searched import SearchesArtefact, SearchRecord
 from search.spaces import fixed_bits
@@ -123,6 +123,16 @@ class Search:
         """What the trials stage left."""
         return self.folder.load("trials", TrialsArtefact)[0].trials
 
-    def progress(self, stage: str, done: float, total: float, unit: str, message: str = "") -> None:
+    def progress(
+        self,
+        stage: str,
+        done: float,
+        total: float,
+        unit: str,
+        message: str = "",
+        measures: Measures | None = None,
+    ) -> None:
         """Say how far a stage is."""
-        self.events.emit(stage, "progress", message, done=done, total=total, unit=unit)
+        self.events.emit(
+            stage, "progress", message, done=done, total=total, unit=unit, measures=measures
+        )

@@ -1,5 +1,8 @@
 """Stage: what agents, samplers and climbers find, every method under every budget."""
 
+import json
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -8,6 +11,7 @@ from envs.layer_bits import layer_features
 from hawq.allocation import Allocation
 from search.config import Budget
 from search.evaluate import Evaluate
+from search.events import Measures
 from search.folder import content_hash
 from search.scores import CheapScores, score_spec
 from search.searched import SearchesArtefact
@@ -17,6 +21,8 @@ from search.stages.search import Search
 from search.tables import Tables
 
 __all__ = ["evaluator", "inputs", "make", "problem"]
+
+_RECENT = 10
 
 
 def inputs(search: Search) -> dict[str, Any]:
@@ -51,7 +57,9 @@ def make(search: Search) -> SearchesArtefact:
         specs,
         problems,
         effort=_effort(search),
-        progress=lambda done, total: search.progress("searches", done, total, "evaluations"),
+        progress=lambda done, total: search.progress(
+            "searches", done, total, "evaluations", measures=_standing(specs)
+        ),
         finished=lambda r: search.events.emit(
             "searches", "note", f"{r.method} at {r.budget}, seed {r.seed}: {r.best.score:.4f}"
         ),
@@ -62,6 +70,21 @@ def make(search: Search) -> SearchesArtefact:
             search.events.emit("searches", "warning", f"{told}: {record.reason}")
         search.worker_cpu_seconds += record.cpu_seconds
     return SearchesArtefact(searches=records)
+
+
+def _standing(specs: Sequence[SearchSpec]) -> Measures:
+    """Say what the searches have found by now, from what they wrote."""
+    logs = [spec.log.read_text(encoding="utf-8") for spec in specs if spec.log.exists()]
+    found = [json.loads(line) for log in logs for line in log.split("\n")[1:-1]]
+    if not found:
+        return {}
+    scores = [evaluation["score"] for evaluation in found]
+    return {
+        "evaluations": len(found),
+        "episodes": sum(evaluation["proposals"] for evaluation in found),
+        "reward": fmean(scores[-_RECENT:]),
+        "best_score": max(scores),
+    }
 
 
 def _specs(search: Search) -> list[SearchSpec]:

@@ -1,5 +1,8 @@
 """Stage 6: every distinct candidate fine-tuned under one recipe with every seed, by Ray Tune."""
 
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -9,8 +12,9 @@ from hawq.space import Space
 from search.artefacts import Candidate, SeededTrial, TrialsArtefact
 from search.config import RecipeConfig
 from search.evaluate import evaluation_key
+from search.events import Measure, Measures
 from search.stages.search import Search
-from search.trials import BestSoFar, TrialSpec, run_trials
+from search.trials import BestSoFar, TrialSpec, read_trial, run_trials
 
 __all__ = ["best", "inputs", "make", "spec", "specs"]
 
@@ -48,7 +52,9 @@ def make(search: Search) -> TrialsArtefact:
         resources=search.config.trials,
         storage=search.folder.path / "tune",
         best=best(search),
-        on_progress=lambda done: search.progress("trials", done, epochs, "epochs"),
+        on_progress=lambda done: search.progress(
+            "trials", done, epochs, "epochs", measures=_standing(search, wanted)
+        ),
     )
     trials = [
         SeededTrial(**trial.model_dump() | {"digest": spec.digest, "seed": spec.seed})
@@ -63,6 +69,17 @@ def make(search: Search) -> TrialsArtefact:
             search.events.emit("trials", "warning", told)
     search.worker_cpu_seconds += sum(trial.cpu_seconds for trial in trials)
     return TrialsArtefact(trials=trials)
+
+
+def _standing(search: Search, wanted: Sequence[TrialSpec]) -> Measures:
+    """Say how many trials have ended, and the best score of an epoch by now."""
+    found: dict[Measure, float] = {
+        "trials": sum(read_trial(spec.folder) is not None for spec in wanted)
+    }
+    path = search.folder.path / "best" / "allocation.json"
+    with suppress(FileNotFoundError):  # there is none yet, or it is replaced in this moment
+        found["best_score"] = json.loads(path.read_text(encoding="utf-8"))["search_score"]
+    return found
 
 
 def specs(search: Search) -> list[TrialSpec]:
