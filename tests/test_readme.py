@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from hawq.testing import check_task
-from search.config import SearchConfig
+from search.artefacts import Summary
+from search.config import SearchConfig, TaskConfig
 from search.config_file import load_config
 from search.pipeline import STAGES, run
 from search.searchers import SEARCHERS
@@ -36,6 +37,22 @@ def test_the_example_of_a_network_of_your_own_runs(ray_cluster, tmp_path, monkey
     summary = run(load_config(tmp_path / "blobs.yaml"), tmp_path / "run")
     assert summary.test.unquantized.score > 0.8
     assert len(summary.candidates.candidates) == 2 * len(summary.config["methods"])
+
+
+@pytest.mark.ray
+def test_the_ten_lines_of_a_network_of_your_own_run(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block("python", "# points.py"), "points.py", "exec"), {"__name__": "points"})
+    summary = Summary.model_validate_json((tmp_path / "runs/points/summary.json").read_text())
+    assert summary.test.unquantized.score > 0.8
+    assert len(summary.candidates.candidates) == len(summary.config["methods"])
+
+
+def test_every_kind_of_task_that_the_readme_shows_is_valid():
+    lines = block("yaml", "task: {data: cifar10, root").splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        TaskConfig.model_validate(yaml.safe_load(line)["task"])
 
 
 def test_every_path_that_the_readme_names_exists():
