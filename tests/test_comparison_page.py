@@ -160,7 +160,7 @@ def test_by_price_a_curve_ends_where_its_searches_do():
 
 def test_the_hessians_line_begins_at_its_price():
     document = make_comparison(**SMALL)
-    figure = by_cost(standings(document), SCALE, looks_of(document))
+    figure = by_cost(standings(document), SCALE, looks_of(document), "accuracy")
     lines = {trace.meta: trace for trace in figure.data if trace.fill != "toself"}
     assert lines["channel"].x[0] == 214.4
     assert lines["uniform"].x[0] == pytest.approx(10 ** figure.layout.xaxis.range[0])
@@ -170,7 +170,7 @@ def test_the_hessians_line_begins_at_its_price():
 def test_the_axis_shows_every_end_of_a_search():
     document = make_comparison()
     for draw in (by_evaluations, by_cost):
-        figure = draw(standings(document), SCALE, looks_of(document))
+        figure = draw(standings(document), SCALE, looks_of(document), "accuracy")
         low, high = figure.layout.yaxis.range
         ends = [trace.y[-1] for trace in figure.data if trace.fill != "toself"]
         assert low < min(ends) <= max(ends) < high
@@ -179,7 +179,7 @@ def test_the_axis_shows_every_end_of_a_search():
 
 def test_finalists_are_sorted_with_the_best_on_top():
     document = make_comparison()
-    figure = finalists(standings(document), looks_of(document))
+    figure = finalists(standings(document), looks_of(document), "accuracy")
     score = {f.method: f.score for f in document.finalists}
     assert list(figure.layout.yaxis.categoryarray) == sorted(score, key=lambda m: score[m])
     bars = {t.y[0]: t.error_x.array[0] for t in figure.data if t.error_x.array is not None}

@@ -55,6 +55,7 @@ class ComparisonDocument(_Record):
     machine: dict[str, str]
     versions: dict[str, str]
     config: dict[str, Any]
+    score_name: str = Field("accuracy", description="What scores and tests measure.")
     fidelity: Fidelity
     num_examples: int = Field(description="That a score is the mean of.")
     unquantized: float = Field(description="Score of the network as it was, on the same examples.")

@@ -37,8 +37,8 @@ def accuracy(document: ComparisonDocument, found: Sequence[Standing]) -> list[st
     """Say under each budget whose finalist is above the Hessian's, and whose is not."""
     if not document.finalists:
         return [
-            "No method’s best has been fine-tuned and tested: accuracy, which has the last word, "
-            "is not compared."
+            f"No method’s best has been fine-tuned and tested: {document.score_name}, which has "
+            "the last word, is not compared."
         ]
     told, judged = [], _judged(document, found)
     for budget, method in dict.fromkeys((s.budget, beside.method) for s, beside, _ in judged):
@@ -86,7 +86,7 @@ def worth(document: ComparisonDocument, found: Sequence[Standing]) -> list[str]:
         ]
     gained = [f"{s.method} at {s.budget} ({accuracy_points(lead.value)})" for s, lead in won]
     told = [
-        f"Reinforcement learning gained accuracy on the Hessian in {len(won)} of "
+        f"Reinforcement learning gained {document.score_name} on the Hessian in {len(won)} of "
         f"{counted(len(judged), 'comparison')}: {listed(gained)}, at {price}."
     ]
     for s, _ in won:

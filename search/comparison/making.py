@@ -48,6 +48,7 @@ def compared(run: Path, name: str) -> ComparisonDocument:
         machine=machine(),
         versions=versions(),
         config=config.model_dump(mode="json"),
+        score_name=model.score_name,
         fidelity=searches[0].fidelity if searches else "none",
         num_examples=agreement.num_examples
         if agreement

@@ -19,7 +19,7 @@ def comparison_text(document: ComparisonDocument) -> str:
         "episodes",
         "core-seconds",
         f"best score, {unit} [quartiles]",
-        "fine-tuned accuracy, %",
+        f"fine-tuned {document.score_name}, %",
     ]
     lines = [headings, ["---"] * len(headings)]
     for row in rows(document):
@@ -30,7 +30,7 @@ def comparison_text(document: ComparisonDocument) -> str:
     told = "\n".join(f"- {sentence}" for sentence in verdict(document))
     notes = (
         "Evaluations, episodes, core-seconds and scores are medians over a method’s searches, the "
-        "curvature included where it is needed. Accuracies are on the test split, ± one standard "
-        "error over images and training seeds."
+        "curvature included where it is needed. What is fine-tuned is on the test split, ± one "
+        "standard error over images and training seeds."
     )
     return f"{table}\n\n{notes}\n\n{told}\n"

@@ -46,31 +46,32 @@ def trust(document: ComparisonDocument) -> str:
 
 def _trust(document: ComparisonDocument) -> str:
     nothing = "nothing is concluded from them"
+    last = f"fine-tuned {document.score_name}"
     num = len(document.agreement)
     over = counted(num, "allocation")
     if num == 0:
-        return f"Whether scores follow the fine-tuned accuracy was not measured: {nothing}."
+        return f"Whether scores follow the {last} was not measured: {nothing}."
     if num < _LEAST_ALLOCATIONS:
         return (
-            f"Whether scores follow the fine-tuned accuracy was measured on {over}, fewer than "
+            f"Whether scores follow the {last} was measured on {over}, fewer than "
             f"{_LEAST_ALLOCATIONS}: {nothing}."
         )
     found = agreement_of(document)
     if found is None:
         return (
-            f"Whether scores follow the fine-tuned accuracy is not known, for over {over} one of "
+            f"Whether scores follow the {last} is not known, for over {over} one of "
             f"the two does not vary: {nothing}."
         )
     value, low, high = (_two(x) for x in (found.value, found.low, found.high))
     rho = f"Spearman’s ρ = {value}, 95 % interval {low} … {high}, over {over}"
     if found.value < _LEAST_AGREEMENT:
-        return f"Scores do not follow the fine-tuned accuracy closely enough ({rho}): {nothing}."
+        return f"Scores do not follow the {last} closely enough ({rho}): {nothing}."
     if found.low < _LEAST_AGREEMENT:
         return (
-            f"Scores seem to follow the fine-tuned accuracy ({rho}); the interval reaches below "
+            f"Scores seem to follow the {last} ({rho}); the interval reaches below "
             f"{_LEAST_AGREEMENT}, so what is said of them is provisional."
         )
-    return f"Scores follow the fine-tuned accuracy ({rho})."
+    return f"Scores follow the {last} ({rho})."
 
 
 def _two(value: float) -> str:

@@ -18,14 +18,15 @@ __all__ = ["agreement", "finalists"]
 _HALF = 1.96
 
 
-def finalists(found: Sequence[Standing], look: Mapping[str, Look]) -> go.Figure:
+def finalists(found: Sequence[Standing], look: Mapping[str, Look], score_name: str) -> go.Figure:
     """Draw the finalists of one budget, the best on top, with 95 % intervals and single trainings.
 
     Args:
         found: Methods of the budget; those without a finalist are left out.
         look: Of the methods.
+        score_name: What is tested.
     """
-    figure = canvas("Test accuracy, fine-tuned (%)", "")
+    figure = canvas(f"Test {escape(score_name)}, fine-tuned (%)", "")
     drawn = sorted(
         [(s.method, s.finalist) for s in found if s.finalist is not None],
         key=lambda pair: pair[1].score,
@@ -73,9 +74,9 @@ def finalists(found: Sequence[Standing], look: Mapping[str, Look]) -> go.Figure:
     return figure
 
 
-def agreement(points: Sequence[AgreementPoint], scale: Scale) -> go.Figure:
-    """Draw the fine-tuned accuracy of allocations against their scores, by budget."""
-    figure = canvas(scale.axis, "Accuracy, fine-tuned (%)")
+def agreement(points: Sequence[AgreementPoint], scale: Scale, score_name: str) -> go.Figure:
+    """Draw what allocations reach, fine-tuned, against their scores, by budget."""
+    figure = canvas(scale.axis, f"Test {escape(score_name)}, fine-tuned (%)")
     by_budget = {budget: [p for p in points if p.budget == budget] for budget in _budgets(points)}
     for budget, look in looks(list(by_budget)).items():
         mine = by_budget[budget]

@@ -34,10 +34,10 @@ def compared(document: ComparisonDocument, found: Sequence[Standing]) -> str:
     budgets = listed(list(dict.fromkeys(s.budget for s in found)))
     how = {
         "proxy": "A score is −Ω by the Hessian, without the network",
-        "none": "A score is the quantized network’s accuracy, not trained",
-        "batch_norm": "A score is the quantized network’s accuracy, with batch-norm statistics "
-        "estimated again and nothing trained",
-        "finetuned": "A score is the accuracy after a short fine-tuning",
+        "none": f"A score is the quantized network’s {document.score_name}, not trained",
+        "batch_norm": f"A score is the quantized network’s {document.score_name}, with batch-norm "
+        "statistics estimated again and nothing trained",
+        "finetuned": f"A score is the {document.score_name} after a short fine-tuning",
     }[document.fidelity]
     over = (
         ""

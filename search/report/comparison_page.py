@@ -93,7 +93,7 @@ def render_comparison(document: ComparisonDocument) -> str:
         ),
         "finalists": _panels(
             "finalists",
-            {b: finalists(mine, look) for b, mine in tested.items()},
+            {b: finalists(mine, look, document.score_name) for b, mine in tested.items()},
             [finalists_said(mine) for mine in tested.values()],
             figures,
         ),
@@ -102,7 +102,7 @@ def render_comparison(document: ComparisonDocument) -> str:
     if len(budgets) > 1:
         figures["front-figure"] = size_and_score(found, scale, look)
     if document.agreement:
-        figures["agreement-figure"] = agreement(document.agreement, scale)
+        figures["agreement-figure"] = agreement(document.agreement, scale, document.score_name)
     return fill(
         "comparison.html",
         figures,
