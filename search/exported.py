@@ -117,6 +117,8 @@ def onnx_session(content: bytes, threads: int, optimized: Path | None = None) ->
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # an optimized graph that is kept is for this machine: we know
+    # Else products of 4-bit weights round their other factor to 8 bits, which was not asked for.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

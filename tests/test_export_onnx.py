@@ -157,3 +157,18 @@ def test_the_graph_passes_onnx_checker_in_full():
     loaded = load(pack(quantized(2)), heads())
     assert len(computed(graph, IMAGES)) == 3
     assert torch.equal(loaded(IMAGES)[1], quantized(2)(IMAGES)[1])
+
+
+def test_channels_of_what_a_linear_layer_reads_are_the_last():
+    def linear() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(4, 3)).eval()
+
+    tokens = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(2))
+    model = linear()
+    attach(model, {"w:0": 4, **{f"a:0#0[{c}]": c + 2 for c in range(4)}}, tokens)
+    calibrate(model, [tokens])
+    assert torch.equal(load(pack(model), linear())(tokens), model(tokens))
+    (found,) = computed(onnx_graph(pack(model), linear(), tokens[:2]), tokens)
+    torch.testing.assert_close(torch.from_numpy(found), model(tokens), rtol=0, atol=1e-5)
