@@ -160,7 +160,7 @@ def test_by_price_a_curve_ends_where_its_searches_do():
 
 def test_the_hessians_line_begins_at_its_price():
     document = make_comparison(**SMALL)
-    figure = by_cost(standings(document), SCALE, looks_of(document), "accuracy")
+    figure = by_cost(standings(document), SCALE, looks_of(document))
     lines = {trace.meta: trace for trace in figure.data if trace.fill != "toself"}
     assert lines["channel"].x[0] == 214.4
     assert lines["uniform"].x[0] == pytest.approx(10 ** figure.layout.xaxis.range[0])
@@ -170,7 +170,7 @@ def test_the_hessians_line_begins_at_its_price():
 def test_the_axis_shows_every_end_of_a_search():
     document = make_comparison()
     for draw in (by_evaluations, by_cost):
-        figure = draw(standings(document), SCALE, looks_of(document), "accuracy")
+        figure = draw(standings(document), SCALE, looks_of(document))
         low, high = figure.layout.yaxis.range
         ends = [trace.y[-1] for trace in figure.data if trace.fill != "toself"]
         assert low < min(ends) <= max(ends) < high

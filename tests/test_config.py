@@ -53,7 +53,7 @@ def test_the_resolved_config_reads_back_as_itself(config_file):
         (["budgets.0.compression=8"], "give one of weight_mib, compression, average_bits, got"),
         (["budgets=[]"], "budgets: list should have at least 1 item"),
         (["methods=[hawqv2]"], "'hawqv2' is not known, did you mean 'hawq-v2'?"),
-        (["task.data=null"], "give either data (digits, cifar10) or factory"),
+        (["task.data=null"], "give one of data (digits, cifar10, imagenet), detector (config: …)"),
         (["task.checkpoint=x.pt"], "give either checkpoint (a file of weights) or pretrain"),
         (["task.network=resnet21"], "network must be resnet8, resnet14, resnet20"),
         (["curvature.examples=32"], "examples must be more than batch_size"),
