@@ -13,7 +13,8 @@ from search.config_file import mistakes
 from search.errors import InputError
 from search.events import Listener
 from search.pipeline import run as run_search
-from search.tasks.given import Augment, Batches, Loss, given, store
+from search.tasks.examples import Batches
+from search.tasks.given import Augment, Loss, given, store
 
 __all__ = ["run"]
 

@@ -237,7 +237,7 @@ SHAPE = r"\(2, 3, 8, 8\)"
     ("arguments", "message"),
     [
         ((TwoInputs(), splits()), r"model: forward must take one tensor, got image, mask: wrap"),
-        ((breaking, splits()), r"model\(\): must not fail, got OSError: no such weights"),
+        ((breaking, splits()), r"model: must not fail, got OSError: no such weights"),
         ((dict, splits()), r"model: must be or return an nn\.Module, got dict"),
         (("resnet", splits()), r"model: must be or return an nn\.Module, got str"),
         ((Depthwise, {"train": pictures(5, 0)}), r"must map 'train' and 'test'.*got train"),
@@ -256,7 +256,7 @@ SHAPE = r"\(2, 3, 8, 8\)"
         ),
         (
             (Depthwise, splits(), F.mse_loss, squared),
-            r"loss of outputs \(2, 3\)\(\): must not fail, got RuntimeError",
+            r"loss of outputs \(2, 3\): must not fail, got RuntimeError",
         ),
         (
             (Depthwise, splits(), lambda o, t: o.mean()),
@@ -268,9 +268,9 @@ SHAPE = r"\(2, 3, 8, 8\)"
         ),
         (
             (Pair, splits(), None, squared),
-            r"loss of outputs tuple\(\): must not fail, got TypeError",
+            r"loss of outputs tuple: must not fail, got TypeError",
         ),
-        ((nn.Linear(7, 2), splits()), rf"on inputs of shape {SHAPE}\(\): must not fail"),
+        ((nn.Linear(7, 2), splits()), rf"on inputs of shape {SHAPE}: must not fail"),
         ((Depthwise, splits(), lambda o, t: o.sum(1) / 0), r"loss: must be finite, got"),
     ],
 )

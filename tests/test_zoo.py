@@ -11,6 +11,7 @@ from hawq.reads import read_network
 from hawq.testing import check_task
 from search.config import TaskConfig
 from search.errors import InputError
+from search.stages.model import _described
 from search.tasks.build import build_task
 from search.tasks.zoo import Preprocessing, ZooNetwork
 
@@ -142,6 +143,14 @@ def test_a_missing_library_says_which_extra_has_it(monkeypatch):
 def test_keys_that_do_not_go_together_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         TaskConfig.model_validate(keys)
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_is():
+    plain = _described(TaskConfig(data="digits", pretrain={}))
+    assert not plain.keys() & {"model", "pretrained", "train_size", "cache", "root"}
+    assert plain["factory"] is None
+    own = _described(TaskConfig(data="digits", model="a:b"))
+    assert own.keys() - plain.keys() == {"model"}
 
 
 class Detector(nn.Module):

@@ -11,9 +11,10 @@ from hawq.task import Task
 from search.config import DetectorConfig, TaskConfig
 from search.errors import InputError
 from search.tasks.classification import ClassificationTask
+from search.tasks.examples import Batches
 from search.tasks.factories import FactoryNetwork, Network, called, imported
 from search.tasks.folded import folded, folding
-from search.tasks.given import Batches, Given, Loss, Made, given, given_task
+from search.tasks.given import Given, Loss, Made, given, given_task
 from search.tasks.imagenet import imagenet_task
 from search.tasks.portable import packed
 from search.tasks.zoo import Preprocessing, ZooNetwork

@@ -127,7 +127,7 @@ def called(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str
     except InputError:
         raise
     except Exception as error:  # it is the user's: anything may happen in it
-        given = f"({', '.join(f'{key}=…' for key in arguments)})"
+        given = f"({', '.join(f'{key}=…' for key in arguments)})" if arguments else ""
         raise InputError(
             f"{where}{given}: must not fail, got {type(error).__name__}: {error}"
         ) from error

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import inspect
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from hawq.factors import factors_of, softmax_factor
 from hawq.task import Factor
 from search.errors import InputError
 from search.folder import write_atomically
 from search.tasks.checkpoint import state_sha256
+from search.tasks.examples import SPLITS, Batches, Rows, gathered, picked
 from search.tasks.factories import called, checked_network, source_of
 from search.tasks.portable import packed, unpacked
 
@@ -31,12 +32,6 @@ __all__ = ["Given", "GivenTask", "Made", "Stored", "given", "given_task", "store
 
 Loss = Callable[[Any, Any], Tensor]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-Rows = tuple[Tensor, Any]
-# Tensors of a whole split, a pair of them or a dict; or batches, such as a DataLoader.
-Batches = Mapping[str, Rows | Iterable[Rows]]
-
-_SPLITS = ("train", "search", "test")
-_HELD_OUT = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +109,8 @@ class GivenTask:
     def score_name(self) -> str:
         """The metric's name."""
         metric = self.source.open().metric
-        return "accuracy" if metric is None else getattr(metric, "__name__", "score")
+        name = "accuracy" if metric is None else getattr(metric, "__name__", "score")
+        return name if name.isidentifier() else "score"  # a lambda has no name
 
     @property
     def fingerprint(self) -> str:
@@ -136,7 +132,7 @@ class GivenTask:
 
     def batch(self, split: str, indices: Tensor) -> Rows:
         """Return inputs, shape (N, …), and targets, N rows."""
-        return _picked(self._split(split), indices)
+        return picked(self._split(split), indices)
 
     def augment(self, batch: Rows, generator: torch.Generator) -> Rows:
         """Augment the inputs, if the user said how."""
@@ -172,7 +168,7 @@ class GivenTask:
         return _one_each(metric(outputs, targets), len(batch[0]), "metric").float()
 
     def _split(self, split: str) -> Rows:
-        if split not in _SPLITS:
+        if split not in SPLITS:
             raise ValueError(f"split must be 'train', 'search' or 'test', got {split!r}")
         return self.source.open().splits[split]
 
@@ -238,10 +234,7 @@ def given(
             torch.manual_seed(seed)
             model = called(model, {}, "model")
     network = checked_network(copy.deepcopy(model), "model")
-    splits = {split: _rows(batches[split], split) for split in _SPLITS if split in _named(batches)}
-    drawn = "search" not in splits
-    if drawn:
-        splits |= _held_out(splits["train"], search_size, seed)
+    splits, drawn = gathered(batches, search_size, seed)
     parts = {
         f"{split}.{i}": leaf
         for split, rows in splits.items()
@@ -299,71 +292,6 @@ def _read(folder: str) -> Given:
 def _make(maker: bytes) -> Given:
     made: Given = unpacked(maker)()
     return made
-
-
-def _named(batches: Batches) -> Batches:
-    if not isinstance(batches, Mapping) or not {"train", "test"} <= batches.keys() <= set(_SPLITS):
-        got = ", ".join(map(str, batches)) if isinstance(batches, Mapping) else type(batches)
-        raise InputError(
-            f"batches: must map 'train' and 'test', and 'search' where there is one, got {got}"
-        )
-    return batches
-
-
-def _rows(examples: Rows | Iterable[Rows], split: str) -> Rows:
-    """Gather one pair of inputs and targets; batches may be several."""
-    where = f"batches[{split!r}]"
-    whole = isinstance(examples, tuple) and len(examples) == 2 and isinstance(examples[0], Tensor)
-    pairs: list[Any] = [examples] if whole else list(examples)
-    for pair in pairs:
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InputError(
-                f"{where}: must be inputs and targets, or batches of them, "
-                f"got {type(pair).__name__}"
-            )
-        if not isinstance(pair[0], Tensor):
-            raise InputError(
-                f"{where}: inputs must be one tensor, got {type(pair[0]).__name__}: put them into "
-                "one, and wrap the network in a module that takes it apart"
-            )
-    if not pairs:
-        raise InputError(f"{where}: must hold examples, got none")
-    columns = [tree_flatten(tuple(pair)) for pair in pairs]
-    leaves = [
-        [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in values]
-        for values, _ in columns
-    ]
-    try:
-        together = [torch.cat(parts) for parts in zip(*leaves, strict=True)]
-    except (RuntimeError, ValueError) as error:
-        shapes = sorted({tuple(pair[0].shape[1:]) for pair in pairs})
-        raise InputError(
-            f"{where}: examples must have one shape, got {', '.join(map(str, shapes[:4]))} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    if len({len(leaf) for leaf in together}) != 1 or not len(together[0]):
-        raise InputError(
-            f"{where}: inputs and targets must have one row an example, "
-            f"got {', '.join(str(len(leaf)) for leaf in together)}"
-        )
-    rows: Rows = tree_unflatten(together, columns[0][1])
-    return rows
-
-
-def _held_out(train: Rows, search_size: int | None, seed: int) -> dict[str, Rows]:
-    """Draw the search split from the training split."""
-    total = len(train[0])
-    size = total // _HELD_OUT if search_size is None else search_size
-    if not 0 < size < total:
-        raise InputError(f"search_size: must be within 1..{total - 1}, got {size}")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    parts = {"search": order[:size].sort().values, "train": order[size:].sort().values}
-    return {split: _picked(train, part) for split, part in parts.items()}
-
-
-def _picked(rows: Rows, indices: Tensor) -> Rows:
-    found: Rows = tree_map_only(Tensor, lambda leaf: leaf[indices], rows)
-    return found
 
 
 def _refuse_misfits(task: GivenTask, found: Given) -> None:

@@ -318,7 +318,7 @@ def _prepared(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (OSError, ValueError) as error:  # PIL's own is an OSError
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's own, and of a broken PNG
         raise InputError(f"task.root: {path} must be an image ({error})") from error
     # As torchvision: the longer side is cut down to a whole number, the corner rounded.
     width, height = image.size
