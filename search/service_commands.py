@@ -66,7 +66,10 @@ def serve(
         list[Path] | None, typer.Option(help="Folder whose files a config may name")
     ] = None,
     allow_module: Annotated[
-        list[str] | None, typer.Option(help="Module whose factories a config may name")
+        list[str] | None, typer.Option(help="Module whose callables a config may name")
+    ] = None,
+    allow_library: Annotated[
+        list[str] | None, typer.Option(help="Of published networks: timm, pytorchcv, mmdet, …")
     ] = None,
     allow_detectors: Annotated[
         list[Path] | None, typer.Option(help="Folder whose mmdetection configs one may name")
@@ -95,6 +98,7 @@ def serve(
     policy = Policy(
         paths=tuple(allow_path or ()),
         modules=tuple(allow_module or ()),
+        libraries=tuple(allow_library or ()),
         detectors=tuple(allow_detectors or ()),
         cpus=max_cpus,
         gpus=max_gpus,

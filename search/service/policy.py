@@ -23,13 +23,20 @@ _HARMLESS = (
     "methods.*",
     "study.candidate",
     "study.space.*",
-    "task.network",
     "weights.keep.*",
     "weights.tie.*",
     "activations.keep.*",
     "activations.tie.*",
 )
-_PATHS = ("latency", "task.checkpoint", "task.root", "task.search_indices", "task.detector.root")
+_PATHS = (
+    "latency",
+    "task.cache",
+    "task.checkpoint",
+    "task.detector.root",
+    "task.root",
+    "task.search_indices",
+)
+_CALLABLES = ("task.factory", "task.model", "task.batches", "task.loss", "task.metric")
 # Without a step up.
 _PACKAGED = re.compile(r"mmdet::\w[\w-]*(/\w[\w.-]*)*\.py")
 _ARGUMENTS = ("task.arguments.*",)
@@ -53,8 +60,8 @@ class Policy:
 
     Attributes:
         paths: Folders whose files may be read.
-        modules: Python modules and packages whose factories may be called; ``mmdet`` for the
-            configs that come with it.
+        modules: Python modules and packages whose callables may be named.
+        libraries: Of published networks, which may fetch weights: ``timm``, ``mmdet``, ….
         detectors: Folders whose mmdetection configs may be run, for they are Python.
         cpus: That a single piece of its work may take; None: no matter.
         gpus: The same.
@@ -62,6 +69,7 @@ class Policy:
 
     paths: tuple[Path, ...] = ()
     modules: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
     detectors: tuple[Path, ...] = ()
     cpus: float | None = None
     gpus: float | None = None
@@ -72,32 +80,48 @@ class Policy:
         Raises:
             PolicyError: If so; the first such key.
         """
-        for section, *needs in demands(config):
-            for unit, need, most in zip(
-                ("cpus", "gpus"), needs, (self.cpus, self.gpus), strict=True
-            ):
-                if most is not None and need > most:
-                    raise PolicyError(
-                        f"{section}.{unit}", f"must be at most {most:g} in all, got {need:g}"
-                    )
+        self._refuse_size(config)
         if config.ray.address is not None:
             raise PolicyError(
                 "ray.address", "must be left out, for the service chooses the cluster"
             )
+        # What allowed code is called with is between it and the operator.
+        calls = config.task.factory is not None or config.task.model is not None
+        allowed = _HARMLESS + (_ARGUMENTS if calls else ())
         for field, text in free_strings(config):
-            if _matches(field, _HARMLESS):
-                continue
-            if field in _PATHS:
-                _refuse_outside(field, text, self.paths)
-            elif field == "task.factory":
-                self._refuse_module(field, text.partition(":")[0])
-            elif field == "task.detector.config" and _PACKAGED.fullmatch(text):
-                self._refuse_module(field, "mmdet")
-            elif field == "task.detector.config":
+            if not _matches(field, allowed):
+                self._refuse_string(field, text)
+
+    def _refuse_size(self, config: SearchConfig) -> None:
+        for section, cpus, gpus in demands(config):
+            for unit, need, most in (("cpus", cpus, self.cpus), ("gpus", gpus, self.gpus)):
+                if most is not None and need > most:
+                    raise PolicyError(
+                        f"{section}.{unit}", f"must be at most {most:g} in all, got {need:g}"
+                    )
+
+    def _refuse_string(self, field: str, text: str) -> None:
+        if field in _PATHS:
+            _refuse_outside(field, text, self.paths)
+        elif field in _CALLABLES:
+            self._refuse_module(field, text.partition(":")[0])
+        elif field == "task.network":
+            if ":" in text:  # ours are described by their depth
+                self._refuse_library(field, text.partition(":")[0])
+        elif field == "task.detector.config":
+            if _PACKAGED.fullmatch(text):
+                self._refuse_library(field, "mmdet")
+            else:
                 _refuse_outside(field, text, self.detectors)
-            # What an allowed factory is called with is between it and the operator.
-            elif not (_matches(field, _ARGUMENTS) and config.task.factory is not None):
-                raise PolicyError(field, "must be left out of a search that is submitted")
+        else:
+            raise PolicyError(field, "must be left out of a search that is submitted")
+
+    def _refuse_library(self, field: str, library: str) -> None:
+        if library not in self.libraries:
+            known = ", ".join(self.libraries) or "none"
+            raise PolicyError(
+                field, f"must be of a library that the service allows ({known}), got {library!r}"
+            )
 
     def _refuse_module(self, field: str, module: str) -> None:
         if not any(module == one or module.startswith(f"{one}.") for one in self.modules):
