@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from search.service.guard import Guard, Rate
+from search.service.pages import router as pages
 from search.service.policy import Policy
 from search.service.problems import answer_with_problems
 from search.service.routes import Doors, router
@@ -77,6 +78,7 @@ def create_app(store: Store, settings: Settings, supervisor: Supervisor | None =
     tokens = Tokens(store.engine) if settings.login else None
     app.state.doors = Doors(store, tokens, settings.policy)
     app.include_router(router)
+    app.include_router(pages)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
 
