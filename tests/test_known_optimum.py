@@ -11,6 +11,8 @@ from search.searchers import SEARCHERS
 from search.searchers.processes import Process
 
 EPISODES = 300
+# The agents' own numbers were chosen on problems 0 to 4: these are others.
+PROBLEMS = range(10, 15)
 
 
 def make_known(seed):
@@ -38,10 +40,10 @@ def best_within(method, problem, seed):
     return best
 
 
-@pytest.mark.parametrize(("method", "least"), [("random", 2), ("tpe", 5), ("cma-es", 4)])
+@pytest.mark.parametrize(("method", "least"), [("random", 4), ("tpe", 5), ("cma-es", 4)])
 def test_samplers_find_nearly_the_best_of_five_as_often_as_they_did(method, least):
     found = 0
-    for seed in range(5):
+    for seed in PROBLEMS:
         problem, optimum, num_reachable = make_known(seed)
         assert num_reachable > 50
         found += optimum / best_within(method, problem, seed) >= 0.95
@@ -50,7 +52,7 @@ def test_samplers_find_nearly_the_best_of_five_as_often_as_they_did(method, leas
 
 @pytest.mark.ray
 def test_ddpg_finds_nearly_the_best_with_every_seed(ray_cluster, tmp_path):
-    for seed in range(5):
+    for seed in PROBLEMS:
         problem, optimum, _ = make_known(seed)
         effort = replace(problem.effort, checkpoint=tmp_path / f"agent{seed}")
         found = best_within("cw-hawq", replace(problem, effort=effort), seed)

@@ -16,8 +16,9 @@ __all__ = ["agent"]
 # lets the decay follow a search's length. What counts is the best that was ever scored, not the
 # last policy: less noise would only score the same again.
 _LAST_STD = 0.1
-# HAQ's single update for a step learns too little in some hundred short episodes: of five searches
-# with a known optimum (tests/test_known_optimum.py) it found two or three, four updates four.
+# HAQ's single update for a step learns too little in some hundred short episodes: of five problems
+# with a known optimum it solved two or three, four updates four. Both numbers were chosen on those
+# five (tests/test_known_optimum.py, seeds 0 to 4); the test asks for others.
 _UPDATES_PER_STEP = 4.0
 
 
