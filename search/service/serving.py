@@ -20,6 +20,7 @@ from search.service.ray_jobs import RayJobs
 from search.service.reconcile import Limits
 from search.service.store import Store
 from search.service.supervisor import Capacity, Supervisor
+from search.service.tokens import Tokens
 
 __all__ = ["serve"]
 
@@ -65,6 +66,8 @@ def serve(
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(path):
         store = Store(path, database)
+        if settings.login and not Tokens(store.engine).all():
+            logging.getLogger("hawq.service").warning("there is no token yet: hawq token make NAME")
         launcher, patience = _launcher(store, ray_address, python, limits or Limits())
         supervisor = Supervisor(store, launcher, patience, capacity or Capacity())
         uvicorn.run(
