@@ -108,8 +108,8 @@ class TaskConfig(Section):
                 "give one of data (digits, cifar10, imagenet), detector (config: …), factory "
                 "(package.module:name) or batches (package.module:name)"
             )
-        self._weights_from_one_place()
         self._keys_of_their_data()
+        self._weights_from_one_place()
         if self.pretrain is not None and self.pretrain.distillation:
             raise ValueError(
                 "pretrain.distillation must be 0, for there is no network to learn from yet, "

@@ -68,7 +68,7 @@ class ZooNetwork:
     @property
     def fingerprint(self) -> str:
         """Hash of the name, the arguments and the library's version."""
-        version = getattr(self._library.module(), "__version__", "")
+        version = getattr(self._found()[1], "__version__", "")
         text = json.dumps([asdict(self), version])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -79,15 +79,7 @@ class ZooNetwork:
             InputError: If the library is not installed, does not know the name or the arguments, or
                 cannot load the weights.
         """
-        library, short = self._library, self.name.partition(":")[2]
-        module = library.module()
-        known = library.names(module)
-        if short not in known:
-            near = difflib.get_close_matches(short, known, 3, 0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(known)} others"
-            raise InputError(
-                f"task.network: {self.name} must be known to it, got {short!r}: {hint}"
-            )
+        library, module, short = self._found()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = called(
@@ -98,13 +90,25 @@ class ZooNetwork:
         return checked_network(made, f"task.network: {self.name}")
 
     def preprocessing(self) -> Preprocessing:
-        """Tell how its images are prepared, as its library says."""
-        library, short = self._library, self.name.partition(":")[2]
-        return library.preprocessing(library.module(), short)
+        """Tell how its images are prepared, as its library says.
 
-    @property
-    def _library(self) -> "Library":
-        return LIBRARIES[self.name.partition(":")[0]]
+        Raises:
+            InputError: If the library is not installed, or does not know the name.
+        """
+        library, module, short = self._found()
+        return library.preprocessing(module, short)
+
+    def _found(self) -> tuple["Library", Any, str]:
+        """Return the library, its module, and the name that it has for the network."""
+        key, _, short = self.name.partition(":")
+        library = LIBRARIES[key]
+        module = library.module()
+        known = library.names(module)
+        if short not in known:
+            near = difflib.get_close_matches(short, known, 3, 0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(known)} others"
+            raise InputError(f"task.network: {key} must know the network, got {short!r}: {hint}")
+        return library, module, short
 
 
 @dataclass(frozen=True, slots=True)
