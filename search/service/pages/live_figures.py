@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from pydantic import ValidationError
 
 from hawq.allocation import by_owner
-from hawq.curvature import NonFiniteTraceError, TraceEstimate, UnitSums
+from hawq.curvature import TraceEstimate, UnitSums
 from hawq.curvature.estimate import summarize
 from hawq.space import PREFIX, Kind
 from search.artefacts import Candidate, CandidatesArtefact, Trial
@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 _MAX_UNITS_BYTES = 16 << 20
-_MAX_PREFIXES = 12
-_MAX_LINES = 7
+_MAX_ROUNDS = 12
+_MAX_LINES = 5
 _INK = "#1f2933"
 
 
@@ -83,23 +83,29 @@ def read_units(path: Path) -> list[UnitSums]:
     return [found[index] for index in sorted(found)]
 
 
-def convergence(units: Sequence[UnitSums], names: Sequence[str] | None) -> go.Figure | None:
-    """Draw the largest traces as they settle: after so many units, with their errors then.
+def convergence(
+    units: Sequence[UnitSums], names: Sequence[str] | None, *, is_finished: bool
+) -> go.Figure | None:
+    """Draw the largest traces as they settle, with their probe errors, round by round.
+
+    Batches differ, for examples are drawn by their importance: only a round that has been through
+    all of them is an estimate.
 
     Args:
         units: In the order of their indices.
         names: Of the first groups; None while nobody has told them, so that they are numbered.
+        is_finished: Whether no more units come.
 
     Returns:
-        The figure; None where there are too few units for an error.
+        The figure; None where there are fewer than two rounds.
     """
-    settled = [(num, found) for num in _prefixes(len(units)) if (found := _estimate(units[:num]))]
-    if not settled:
+    settled = _rounds(units, is_finished=is_finished)
+    if len(settled) < 2:
         return None
-    last = settled[-1][1].trace
+    last = settled[-1].trace
     named = names or [f"layer {i} of {len(last)}" for i in range(1, len(last) + 1)]
     largest = np.argsort(-last[: len(named)])[:_MAX_LINES]
-    figure = canvas("Batches of examples and probes done", "Hessian trace")
+    figure = canvas("Probes on every example", "Hessian trace")
     shown = looks([named[i] for i in largest])
     for i in largest:
         figure.add_trace(_settling(named[i], shown[named[i]], settled, int(i)))
@@ -107,45 +113,43 @@ def convergence(units: Sequence[UnitSums], names: Sequence[str] | None) -> go.Fi
     if positive:
         make_logarithmic(figure, min(positive) / 1.6, 1.6 * max(positive))
     figure.update_layout(showlegend=True)
-    figure.update_xaxes(tickformat="d", rangemode="tozero")
+    figure.update_xaxes(tickformat="d")
     return figure
 
 
-def _prefixes(num: int) -> list[int]:
-    return sorted(
-        {max(1, round(part * num / _MAX_PREFIXES)) for part in range(1, 1 + _MAX_PREFIXES)}
-    )
+def _rounds(units: Sequence[UnitSums], *, is_finished: bool) -> list[TraceEstimate]:
+    """Estimate after every round that has been through all batches."""
+    num = 1 + max((unit.batch for unit in units), default=-1)
+    # As long as no batch comes again nobody knows how many there are.
+    if not is_finished and len(units) <= num:
+        return []
+    found = []
+    for end in _spread(len(units) // max(num, 1)):
+        try:
+            names = ["a group"] * (units[0].sums.shape[1] - 1)
+            found.append(summarize(units[: end * num], names))
+        except ValueError:  # a gap where a unit is not back yet, or a number that is not finite
+            continue
+    return found
 
 
-def _estimate(units: Sequence[UnitSums]) -> TraceEstimate | None:
-    """Estimate from the units so far; None where they are too few, or batches differ in probes."""
-    if not units:
-        return None
-    try:
-        return summarize(units, ["a group"] * (units[0].sums.shape[1] - 1))
-    except NonFiniteTraceError:  # the stage itself will say so
-        return None
-    except ValueError:
-        # In the midst of a round: as far as the last whole one, which has every batch as often.
-        visits = [sum(u.batch == unit.batch for u in units) for unit in units]
-        whole = [u for u, n in zip(units, visits, strict=True) if n == max(visits)]
-        return _estimate(whole) if len(whole) < len(units) else None
+def _spread(rounds: int) -> list[int]:
+    """Choose some of so many rounds, evenly, the last among them."""
+    num = min(rounds, _MAX_ROUNDS)
+    return [round(part * rounds / num) for part in range(1, num + 1)]
 
 
-def _settling(
-    name: str, look: Look, settled: Sequence[tuple[int, TraceEstimate]], i: int
-) -> go.Scatter:
+def _settling(name: str, look: Look, settled: Sequence[TraceEstimate], i: int) -> go.Scatter:
     return go.Scatter(
         name=escape(name),
-        x=[num for num, _ in settled],
-        y=[float(found.trace[i]) for _, found in settled],
-        error_y={"array": [float(found.error[i]) for _, found in settled], "width": 3},
+        x=[found.num_probes for found in settled],
+        y=[float(found.trace[i]) for found in settled],
+        error_y={"array": [float(found.probe_error[i]) for found in settled], "width": 3},
         mode="lines+markers",
         line={"color": look.color, "width": 1.6},
         marker={"color": look.color, "symbol": look.symbol, "size": 7},
-        hovertemplate="%{y:.3~g} ± %{error_y.array:.2~g} after %{x}<extra>"
-        + escape(name)
-        + "</extra>",
+        text=[escape(name)] * len(settled),
+        hovertemplate="%{text}<br>%{y:.3~g} ± %{error_y.array:.2~g}<br>%{x} probes<extra></extra>",
     )
 
 
@@ -164,7 +168,7 @@ def relative_errors(events: Sequence[Event], rtol: float) -> go.Figure | None:
     pairs = [(done, error) for done, error in known if error > 0]
     if len(pairs) < 2:
         return None
-    figure = canvas("Batches of examples and probes done", "Largest relative probe error")
+    figure = canvas("Units of work done", "Largest relative probe error")
     figure.add_scatter(
         x=[done for done, _ in pairs],
         y=[error for _, error in pairs],
@@ -255,33 +259,53 @@ def heat_map(candidates: Sequence[Candidate], of: Kind) -> go.Figure | None:
 
     Channels of one layer are shown together, as their mean.
     """
-    rows = [by_owner(candidate.bits) for candidate in candidates]
+    chosen = [by_owner(candidate.bits) for candidate in candidates]
     prefix = PREFIX[of]
     owners = [
-        owner for owner in dict.fromkeys(o for row in rows for o in row) if owner.startswith(prefix)
+        owner
+        for owner in dict.fromkeys(o for row in chosen for o in row)
+        if owner.startswith(prefix)
     ]
     if not owners:
         return None
-    bits = [[_mean(row.get(owner)) for owner in owners] for row in rows]
+    bits = [[_mean(row.get(owner)) for owner in owners] for row in chosen]
     names = [escape(owner.removeprefix(prefix)) for owner in owners]
+    budgets = {candidate.budget for candidate in candidates}
+    rows = [
+        escape(c.method if len(budgets) == 1 else f"{c.method}, {c.budget}") for c in candidates
+    ]
     figure = canvas("", "")
     figure.add_heatmap(
         x=names,
-        y=[escape(f"{c.method}, {c.budget}") for c in candidates],
+        y=rows,
         z=bits,
         zmin=1,
         zmax=8,
         colorscale=[[(b - 1) / 7, width_color(b)] for b in range(1, 9)],
-        colorbar={"title": {"text": "bits"}, "thickness": 10, "dtick": 1},
+        showscale=False,
         xgap=1,
         ygap=1,
-        texttemplate="%{z:.2~g}",
-        textfont={"size": 11},
         hovertemplate="%{x}<br>%{y}<br>%{z:.3~g} bits<extra></extra>",
+    )
+    cells = [
+        (name, row, b)
+        for row, found in zip(rows, bits, strict=True)
+        for name, b in zip(names, found, strict=True)
+        if b is not None
+    ]
+    figure.add_scatter(
+        x=[name for name, _, _ in cells],
+        y=[row for _, row, _ in cells],
+        text=[f"{b:.2g}" for *_, b in cells],
+        mode="text",
+        # On the darker half of the widths' shades.
+        textfont={"size": 11, "color": ["#ffffff" if b > 4.5 else "#10243a" for *_, b in cells]},
+        hoverinfo="skip",
     )
     show_names(figure, names)
     figure.update_yaxes(autorange="reversed", ticks="", type="category")
-    figure.update_layout(height=170 + 26 * len(rows))
+    room = 7 * max(len(name) for name in names)
+    figure.update_layout(height=60 + room + 26 * len(rows), minreducedheight=20)
     return figure
 
 
@@ -337,7 +361,7 @@ def _draw_learned(figure: go.Figure, one: Learned, look: Look) -> None:
         x=x,
         y=one.scores,
         mode="markers",
-        marker={"color": look.color, "symbol": look.symbol, "size": 5, "opacity": 0.35},
+        marker={"color": look.color, "symbol": look.symbol, "size": 6, "opacity": 0.6},
         hoverinfo="skip",
     )
     figure.add_scatter(

@@ -1,6 +1,6 @@
 """The figures of one search, from what its run's folder holds by now."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,20 +57,19 @@ class Panel:
         title: A heading.
         note: How to read it.
         figure: Of plotly.
-        names: On its horizontal axis, where room must be made for them.
+        width: Below which it cannot be read, in pixels.
     """
 
     id: str
     title: str
     note: str
     figure: go.Figure
-    names: Sequence[str] = ()
+    width: int = 280
 
     @property
     def size(self) -> tuple[int, int]:
         """Least width and height, in pixels."""
-        width = 110 + 17 * len(self.names) if self.names else 280
-        return max(280, width), int(self.figure.layout.height)
+        return self.width, int(self.figure.layout.height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +165,14 @@ def _bits(found: CandidatesArtefact | None) -> Iterator[Panel]:
         figure = heat_map(found.candidates, of) if found else None
         if figure is None:
             continue
-        names = list(figure.data[0].x)
-        make_room({"bits": figure}, names)
+        margin = 7 * max(len(row) for row in figure.data[0].y)
         yield Panel(
             f"bits-{of}",
             f"{of.capitalize()}: bits of each layer",
             "A row is a candidate, a column a layer in the network’s order: the darker, the more "
             "bits. Of a layer whose channels differ, their mean.",
             figure,
-            names,
+            max(280, margin + 60 + 24 * len(figure.data[0].x)),
         )
 
 
@@ -223,22 +221,23 @@ def _curvature(
         if config.by_channel and curvature is None
         else read_units(folder.run / "curvature.units.jsonl")
     )
-    settling = convergence(units, curvature.layers if curvature else None)
+    layers = curvature.layers if curvature else None
+    settling = convergence(units, layers, is_finished=curvature is not None)
     if settling is not None:
         yield Panel(
             "settling",
             "Traces as they settle",
-            "The largest Hessian traces, estimated from the work done so far, ± one standard error "
-            "over probes and examples.",
+            "The largest Hessian traces as estimated round by round, ± one standard error over the "
+            "random probes.",
             settling,
         )
     if curvature is not None:
         figure = traces(curvature)
-        make_room({"traces": figure}, curvature.layers)
+        sizes = make_room({"traces": figure}, curvature.layers)
         yield Panel(
             "traces",
             "Hessian traces",
             "The average trace of each layer: the larger, the more its quantization harms.",
             figure,
-            curvature.layers,
+            sizes["traces"][0],
         )

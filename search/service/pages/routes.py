@@ -16,7 +16,7 @@ from search.service import routes as api
 from search.service.pages.panels import drawing
 from search.service.pages.rendering import PageRoute, figures_json, page
 from search.service.pages.side_by_side import found_by, front_figure, rows
-from search.service.pages.stages import events_of, stage_names, stages_of_run
+from search.service.pages.stages import events_of, stage_names, stages_of_run, warnings_of
 from search.service.pages.visitors import (
     Form,
     Inside,
@@ -36,7 +36,7 @@ __all__ = ["router"]
 _STATES = get_args(State)
 _PAGE = 25
 _MOST_COMPARED = 8
-_NOTES = 5
+_MOST_WARNINGS = 5
 # Of a run's files those that people ask for; the others are below "All files".
 _FIRST = (
     *("report.html", "comparison.html", "summary.json", "config.yaml"),
@@ -134,7 +134,6 @@ def one_search(record: Owned, inside: Inside, visitor: Visitor) -> Response:
     seen = folder.events.stat().st_size if folder.events.exists() else 0
     events, drawn = events_of(folder.events), drawing(folder)
     files_there = artefacts_of(folder)
-    told = [event for event in events if event.kind in {"warning", "failed"}]
     return page(
         "search",
         visitor=visitor,
@@ -149,7 +148,7 @@ def one_search(record: Owned, inside: Inside, visitor: Visitor) -> Response:
             events,
             is_running=record.state in {"running", "cancelling"},
         ),
-        warnings=list(dict.fromkeys(f"{event.stage}: {event.message}" for event in told))[-_NOTES:],
+        warnings=warnings_of(events)[-_MOST_WARNINGS:],
         drawn=drawn,
         looks=drawn.looks,
         figures=figures_json({panel.id: panel.figure for panel in drawn.panels}),

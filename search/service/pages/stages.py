@@ -10,7 +10,15 @@ from search.config import SearchConfig
 from search.events import Event
 from search.report.quantities import duration, significant
 
-__all__ = ["StageState", "StageView", "events_of", "pace", "stage_names", "stages_of_run"]
+__all__ = [
+    "StageState",
+    "StageView",
+    "events_of",
+    "pace",
+    "stage_names",
+    "stages_of_run",
+    "warnings_of",
+]
 
 StageState = Literal["waiting", "running", "finished", "skipped", "failed", "stopped"]
 
@@ -21,6 +29,7 @@ _STAGES = (
     *("model", "curvature", "tables", "searches", "candidates", "agreement"),
     *("calibration", "study", "trials", "test", "report"),
 )
+_BEGINNINGS = {("model", "started"), ("model", "skipped")}
 _ENDS: dict[str, StageState] = {"finished": "finished", "skipped": "skipped", "failed": "failed"}
 
 
@@ -66,6 +75,14 @@ def _whole(lines: Sequence[str]) -> Iterator[Event]:
             yield Event(**json.loads(line))
         except (ValueError, TypeError):
             continue
+
+
+def warnings_of(events: Sequence[Event]) -> list[str]:
+    """Return what the latest attempt warned of or failed by, each once."""
+    starts = [i for i, e in enumerate(events) if (e.stage, e.kind) in _BEGINNINGS]
+    latest = events[starts[-1] :] if starts else events
+    told = [f"{e.stage}: {e.message}" for e in latest if e.kind in {"warning", "failed"}]
+    return list(dict.fromkeys(told))
 
 
 def stages_of_run(
