@@ -11,7 +11,7 @@ demo: .venv/ready ## Set everything up and run a whole search on handwritten dig
 	$(BIN)/hawq run configs/digits.yaml
 
 test: .venv/ready ## Set everything up and run the tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/ready ## Formatting, lints and types.
 	$(BIN)/ruff format --check .

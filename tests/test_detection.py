@@ -16,6 +16,7 @@ from hawq.reads import read_network
 from hawq.testing import check_task
 from search.artefacts import Summary
 from search.config_file import load_config
+from search.doctor import examine_config
 from search.errors import InputError
 from search.pipeline import run
 from search.spaces import reads_of, space_of
@@ -321,3 +322,12 @@ def test_the_paper_s_detector_has_a_loss_and_a_score(paper):
     batch = task.batch("train", torch.arange(2))
     assert torch.isfinite(task.losses(model, batch)).all()
     assert task.scores(model, task.batch("test", torch.arange(1))).shape[0] == 1
+
+
+def test_the_doctor_looks_at_a_config(rectangles, tmp_path):
+    found = examine_config(written(tmp_path, rectangles), [])
+    assert all(check.ok for check in found)
+    assert any("24 train, 10 search, 10 test" in check.finding for check in found)
+    wrong = examine_config(written(tmp_path, rectangles), ["task.detector.root=/nowhere"])
+    assert [check.ok for check in wrong] == [True, False]
+    assert "/nowhere/annotations/train.json" in wrong[1].finding
