@@ -113,7 +113,7 @@ def convergence(
     if positive:
         make_logarithmic(figure, min(positive) / 1.6, 1.6 * max(positive))
     figure.update_layout(showlegend=True)
-    figure.update_xaxes(tickformat="d")
+    figure.update_xaxes(tickvals=[found.num_probes for found in settled])
     return figure
 
 

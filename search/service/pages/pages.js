@@ -104,6 +104,6 @@ function watch() {
   if (stream || document.getElementById("searches")) setInterval(() => { if (!document.hidden) soon(); }, LATER);
 }
 
+watch();
 draw(figuresOf(document), true);
 dark.addEventListener("change", () => draw(figuresOf(document), true));
-watch();
