@@ -18,7 +18,7 @@ from search.service.ray_jobs import RayJobs
 from search.service.record import Record
 from search.service.store import Store
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # Refused by the driver itself, before anything is computed.
 NOWHERE = SearchConfig.model_validate(

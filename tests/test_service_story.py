@@ -19,7 +19,7 @@ from search.pipeline import STAGES
 from search.service.client import Client
 from search.service.tokens import opened_tokens
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TINY = {
     "task": {
