@@ -25,7 +25,7 @@ from search.tasks.zoo import LIBRARIES, ZooNetwork
 
 __all__ = ["InspectedLayer", "Inspection", "inspected", "inspection_view"]
 
-_EXAMPLES = 2
+_EXAMPLES = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def inspected(
         what: A YAML file, or ``pytorchcv:resnet50`` and the like.
         overrides: Of the config.
         resolution: Of a published network's input, in pixels; None: as its library says.
-        estimator: Whether to find out which estimator applies: some seconds for a large network.
+        estimator: Whether to find out which estimator applies: a minute or more for a large network.
 
     Raises:
         InputError: If there is no such thing, or the network cannot be run.
