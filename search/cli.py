@@ -142,7 +142,7 @@ def inspect(
         int | None, typer.Option(min=1, help="Pixels of a network's input (default: its own)")
     ] = None,
     estimator: Annotated[
-        bool, typer.Option("--estimator", help="Find out which estimator applies, too: a minute or more")
+        bool, typer.Option("--estimator", help="Which estimator applies, too: a minute or more")
     ] = False,
 ) -> None:
     """Show what there is to quantize: layers, tensors, ties, and what stays in floating point."""

@@ -89,7 +89,7 @@ def inspected(
         what: A YAML file, or ``pytorchcv:resnet50`` and the like.
         overrides: Of the config.
         resolution: Of a published network's input, in pixels; None: as its library says.
-        estimator: Whether to find out which estimator applies: a minute or more for a large network.
+        estimator: Whether to find out which estimator applies: a minute or more of a large one.
 
     Raises:
         InputError: If there is no such thing, or the network cannot be run.
@@ -127,7 +127,8 @@ def inspection_view(found: Inspection) -> RenderableType:
             "×".join(map(str, layer.shape)),
             f"{layer.num_elements:,}",
             f"{layer.macs:,}" if layer.reads else "not called",
-            ", ".join(layer.reads),
+            # Its own first tensor is most layers' only one.
+            ", ".join(name.removeprefix(layer.name) for name in layer.reads),
             f"{layer.read_elements:,}",
             ", ".join(layer.ties),
         )
