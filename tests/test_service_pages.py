@@ -19,8 +19,14 @@ from search.config import SearchConfig
 from search.events import Event, EventLog
 from search.folder import RunFolder
 from search.pipeline import stages_of
+from search.report.palette import looks
 from search.service.app import Settings, create_app
-from search.service.pages.live_figures import convergence
+from search.service.pages.live_figures import (
+    convergence,
+    learning_curves,
+    read_learned,
+    relative_errors,
+)
 from search.service.pages.side_by_side import Found, front_figure, rows
 from search.service.pages.stages import events_of, pace, stage_names, stages_of_run
 from search.service.record import Record
@@ -36,6 +42,7 @@ CONFIG = {
 PAGES = ["/searches", "/searches/{}", "/compare?search={}&search={}", "/searches/{}/events"]
 PAGES += ["/searches/{}/log", "/searches/{}/files/summary.json"]
 SUMMARY = make_summary()
+COMPARED = {"methods": ["exact", "tpe"], "comparison": {}}
 ACTIONS = ["cancel", "resume", "delete"]
 WAIT_MS = 20_000
 
@@ -216,7 +223,9 @@ def test_a_service_without_login_has_no_login_page(tmp_path):
 # --- what is shown ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [{}, {"methods": ["exact", "tpe"]}, {"study": {"trials": 2}}])
+@pytest.mark.parametrize(
+    "more", [{}, {"methods": ["exact", "tpe"]}, {"study": {"trials": 2}}, COMPARED]
+)
 def test_the_stages_are_those_of_the_pipeline(more):
     config = SearchConfig.model_validate(CONFIG | more)
     assert stage_names(config) == (*(stage.name for stage in stages_of(config)), "report")
@@ -269,7 +278,7 @@ def test_traces_settle_round_by_round_upon_the_mean():
     size = np.array([10.0, 1.0, 0.1])[None, :, None, None]
     samples = 8 * size * (1 + 0.1 * np.random.default_rng(0).normal(size=(4, 3, 8, 2)))
     units = units_of(samples)
-    figure = convergence(units[:-1], ["first", "second"], is_finished=False)
+    figure = convergence(units[:-1], ["first", "second"])
     expected = np.cumsum(samples.mean(2), 0).mean(1)[:3] / np.arange(1, 4)[:, None] / 8
     for trace in figure.data:
         column = ["first", "second"].index(trace.name)
@@ -281,7 +290,31 @@ def test_traces_settle_round_by_round_upon_the_mean():
 @pytest.mark.parametrize("num", [0, 1, 2, 3])
 def test_traces_of_a_first_round_are_not_drawn(num):
     units = units_of(np.ones((1, 3, 2, 2)))[:num]
-    assert convergence(units, None, is_finished=False) is None
+    assert convergence(units, None) is None
+
+
+def test_errors_are_those_of_what_is_traced_now():
+    def told(done, error):
+        measures = {"probes": 2 * done, "relative_error": error}
+        return Event(0.0, "curvature", "progress", "", done, 9, "units", measures)
+
+    weights, activations = [told(1, 0.5), told(4, 0.1)], [told(1, 0.4), told(2, 0.3)]
+    assert relative_errors(weights[:1], 0.05) is None
+    assert relative_errors(weights, 0.05).data[0].y == (0.5, 0.1)
+    assert relative_errors(weights + activations, 0.05).data[0].y == (0.4, 0.3)
+
+
+def test_a_learning_curve_is_the_best_so_far(tmp_path):
+    scores = [0.3, 0.2, 0.5, 0.4]
+    path = tmp_path / "searches" / "cw-hawq-1-7" / "evaluations.jsonl"
+    path.parent.mkdir(parents=True)
+    lines = [json.dumps({"inputs": "x"}), *(json.dumps({"score": one}) for one in scores)]
+    path.write_text("\n".join(lines) + '\n{"sco', encoding="utf-8")
+    [learned] = read_learned(tmp_path, ["3 bits", "4 bits"])
+    assert (learned.method, learned.budget, learned.seed) == ("cw-hawq", "4 bits", 7)
+    [(budget, figure)] = learning_curves([learned], looks(["cw-hawq"]), "accuracy").items()
+    tried, best = figure.data
+    assert (budget, list(tried.y), list(best.y)) == ("4 bits", scores, [0.3, 0.3, 0.5, 0.5])
 
 
 def found_of(sizes_and_scores):

@@ -83,9 +83,7 @@ def read_units(path: Path) -> list[UnitSums]:
     return [found[index] for index in sorted(found)]
 
 
-def convergence(
-    units: Sequence[UnitSums], names: Sequence[str] | None, *, is_finished: bool
-) -> go.Figure | None:
+def convergence(units: Sequence[UnitSums], names: Sequence[str] | None) -> go.Figure | None:
     """Draw the largest traces as they settle, with their probe errors, round by round.
 
     Batches differ, for examples are drawn by their importance: only a round that has been through
@@ -94,12 +92,11 @@ def convergence(
     Args:
         units: In the order of their indices.
         names: Of the first groups; None while nobody has told them, so that they are numbered.
-        is_finished: Whether no more units come.
 
     Returns:
         The figure; None where there are fewer than two rounds.
     """
-    settled = _rounds(units, is_finished=is_finished)
+    settled = _rounds(units)
     if len(settled) < 2:
         return None
     last = settled[-1].trace
@@ -117,12 +114,9 @@ def convergence(
     return figure
 
 
-def _rounds(units: Sequence[UnitSums], *, is_finished: bool) -> list[TraceEstimate]:
+def _rounds(units: Sequence[UnitSums]) -> list[TraceEstimate]:
     """Estimate after every round that has been through all batches."""
     num = 1 + max((unit.batch for unit in units), default=-1)
-    # As long as no batch comes again nobody knows how many there are.
-    if not is_finished and len(units) <= num:
-        return []
     found = []
     for end in _spread(len(units) // max(num, 1)):
         try:
@@ -165,7 +159,9 @@ def relative_errors(events: Sequence[Event], rtol: float) -> go.Figure | None:
         for event in events
         if event.stage == "curvature" and event.measures and "relative_error" in event.measures
     ]
-    pairs = [(done, error) for done, error in known if error > 0]
+    # Activations come after the weights, and begin again.
+    begins = [i for i in range(1, len(known)) if (known[i][0] or 0) < (known[i - 1][0] or 0)]
+    pairs = [(done, error) for done, error in known[max(begins, default=0) :] if error > 0]
     if len(pairs) < 2:
         return None
     figure = canvas("Units of work done", "Largest relative probe error")

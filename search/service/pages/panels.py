@@ -211,8 +211,8 @@ def _curvature(
         yield Panel(
             "error",
             "How sure the traces are",
-            "The largest error over random probes, of all layers; the curvature stops at the "
-            "tolerance.",
+            "The largest error over random probes, relative to its trace, of all that is traced "
+            "now: below the tolerance the curvature stops.",
             errors,
         )
     # Which columns are layers, and which channels, is told by what the stage leaves behind.
@@ -221,8 +221,7 @@ def _curvature(
         if config.by_channel and curvature is None
         else read_units(folder.run / "curvature.units.jsonl")
     )
-    layers = curvature.layers if curvature else None
-    settling = convergence(units, layers, is_finished=curvature is not None)
+    settling = convergence(units, curvature.layers if curvature else None)
     if settling is not None:
         yield Panel(
             "settling",
