@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
+import hawq
 import search
 from hawq.testing import check_task
 from search.config import SearchConfig, TaskConfig
@@ -128,6 +129,14 @@ def test_a_network_that_nobody_has_seen_is_searched_to_the_end(ray_cluster, tmp_
     # Later commands find everything in the folder, and nothing is done again.
     config = SearchConfig.model_validate(yaml.safe_load((tmp_path / "run/config.yaml").read_text()))
     assert run_config(config, tmp_path / "run", name="run") == summary
+
+
+def test_fused_attention_is_differentiated_twice():
+    torch.manual_seed(0)
+    found = hawq.traces(
+        Attentive(), [pictures(8, 0)], num_examples=8, batch_size=4, rtol=0.3, max_probes=8
+    )
+    assert found.estimator == "corrected_gauss_newton", found.reason
 
 
 def test_a_given_network_keeps_the_contract(tmp_path):

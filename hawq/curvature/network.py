@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawq.curvature.estimate import NonFiniteTraceError
 from hawq.space import evaluating
@@ -34,7 +35,8 @@ def differentiable(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None
             parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        with evaluating(model):
+        # Fused attention can be differentiated once, the same in single operators twice.
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         for parameter, flag in flags:
