@@ -172,3 +172,13 @@ def test_every_kind_of_layer_is_read_traced_quantized_and_given_back(kind):
     quantized.sum().backward()
     detach(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_projection_inside_attention_has_bits_but_reads_no_tensor_by_name():
+    # torch's attention takes the module's weight and never calls it.
+    reads = read_network(Attention(), torch.randn(1, 3, 4))
+    assert [(layer.name, layer.macs > 0) for layer in reads.layers] == [
+        ("attention.out_proj", False),
+        ("head", True),
+    ]
+    assert [read.layer for read in reads.reads] == ["head"]

@@ -79,9 +79,13 @@ def test_every_piece_of_a_config_is_part_of_a_config(first_line):
     SearchConfig.model_validate(rest | yaml.safe_load(block("yaml", first_line)))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+SHIPPED = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/imagenet").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_every_config_that_is_shipped_is_valid(path, monkeypatch):
-    monkeypatch.setenv("HAWQ_DATA", "/data")
+    for name in ("HAWQ_DATA", "COCO", "CHECKPOINT", "IMAGENET"):
+        monkeypatch.setenv(name, "/data")
     load_config(path)
 
 
