@@ -9,6 +9,7 @@
     supervisor.py observes and acts, again and again
     processes.py  attempts as processes beside the service; ray_jobs.py: as jobs of a cluster
     app.py        the REST interface; guard.py, problems.py, streams.py are parts of it
+    pages/        the same for people, in a browser
 
 The truth is the store, files that are written atomically. Whatever dies, what is left is read
 from there.
