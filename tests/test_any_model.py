@@ -139,6 +139,21 @@ def test_fused_attention_is_differentiated_twice():
     assert found.estimator == "corrected_gauss_newton", found.reason
 
 
+def test_a_backbone_that_freezes_itself_is_traced_all_the_same():
+    class Frozen(Depthwise):
+        """As mmdetection's ResNet, whose first stages do not train."""
+
+        def train(self, mode=True):
+            self.stem.weight.requires_grad_(False)
+            return super().train(mode)
+
+    torch.manual_seed(0)
+    found = hawq.traces(
+        Frozen(), [pictures(8, 0)], layers=["stem"], num_examples=8, batch_size=4, rtol=0.3
+    )
+    assert found["stem"][0] > 0
+
+
 def test_a_given_network_keeps_the_contract(tmp_path):
     torch.manual_seed(0)
     for loss in (None, nn.CrossEntropyLoss(label_smoothing=0.1), squared):

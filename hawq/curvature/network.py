@@ -31,12 +31,13 @@ def differentiable(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        # Fused attention can be differentiated once, the same in single operators twice.
+        # Fused attention can be differentiated once, the same in single operators twice. Eval mode
+        # comes first: a backbone that trains with frozen stages freezes them on every change.
         with evaluating(model), sdpa_kernel(SDPBackend.MATH):
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            for weight in weights:
+                weight.requires_grad_(True)
             yield
     finally:
         for parameter, flag in flags:
