@@ -143,7 +143,9 @@ def _check_per_example(task: Task, model: nn.Module, split: str) -> None:
     indices = _some_indices(task, split)
     batch = task.batch(split, indices)
     losses = task.losses(model, batch)
-    scores = pooled_scores(task, [task.scores(model, batch)])
+    scores = task.scores(model, batch)
+    if isinstance(scores, Tensor) and len(scores.shape) > 1:
+        scores = pooled_scores(task, [scores])
     for what, values in (("losses", losses), ("scores", scores)):
         _require(
             isinstance(values, Tensor) and values.shape == indices.shape,

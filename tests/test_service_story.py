@@ -149,6 +149,13 @@ def until(client, search, state):
     raise AssertionError(client.get(search))
 
 
+def without_seconds(found):
+    """What does not depend on how fast the machine was."""
+    if isinstance(found, dict):
+        return {k: without_seconds(v) for k, v in found.items() if not k.endswith("seconds")}
+    return [without_seconds(v) for v in found] if isinstance(found, list) else found
+
+
 def run(story, name):
     return story["store"] / "searches" / story[name].id / "run"
 
@@ -180,7 +187,7 @@ def test_the_result_is_that_of_the_undisturbed_run(story):
     )
     assert wild["model"]["weights_sha256"] == calm["model"]["weights_sha256"]
     for stage in ("curvature", "tables", "candidates", "calibration", "test"):
-        assert wild[stage] == calm[stage]
+        assert without_seconds(wild[stage]) == without_seconds(calm[stage])
 
 
 def test_nothing_is_computed_twice_but_the_unit_in_flight(story):

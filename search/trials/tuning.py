@@ -207,8 +207,11 @@ def _trainable(
             tune.report(metrics(spec, record))
 
     # The last epoch is reported once its result is on disk: nothing is left to stop early then.
+    # One that had ended when the driver died, before Tune heard of it, is not ended again.
     device = "cuda" if resources.gpus else "cpu"
-    trial = run_trial(task, state, spec, device=device, on_epoch=on_epoch, best=tuning.best)
+    trial = read_trial(spec.folder) or run_trial(
+        task, state, spec, device=device, on_epoch=on_epoch, best=tuning.best
+    )
     if trial.epochs:
         tune.report(metrics(spec, trial.epochs[-1]))
 
