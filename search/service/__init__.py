@@ -8,6 +8,7 @@
     reconcile.py  (record, observation) → action, a pure function
     supervisor.py observes and acts, again and again
     processes.py  attempts as processes beside the service; ray_jobs.py: as jobs of a cluster
+    doors.py      what the interface reaches, and who may
     app.py        the REST interface; guard.py, problems.py, streams.py are parts of it
     pages/        the same for people, in a browser
 

@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from search.service.doors import Doors
 from search.service.guard import Guard, Rate
 from search.service.pages import router as pages
 from search.service.policy import Policy
 from search.service.problems import answer_with_problems
-from search.service.routes import Doors, router
+from search.service.routes import router
 from search.service.store import Store
 from search.service.supervisor import Supervisor
 from search.service.tokens import Tokens

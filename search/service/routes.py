@@ -1,11 +1,10 @@
 """The routes of the interface, each a function of a few lines."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi import Path as InPath
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sse_starlette import EventSourceResponse
@@ -13,12 +12,12 @@ from starlette.responses import FileResponse, PlainTextResponse, StreamingRespon
 
 from search.artefacts import Summary
 from search.config import SearchConfig
-from search.service.policy import Policy
+from search.service.doors import Inside
 from search.service.problems import Problem, problem
 from search.service.record import Record, State, StateError
 from search.service.store import NoSearchError, Store
 from search.service.streams import follow, follow_events
-from search.service.tokens import Caller, TokenRefusedError, Tokens
+from search.service.tokens import Caller
 from search.service.views import (
     Artefact,
     CallerView,
@@ -30,7 +29,7 @@ from search.service.views import (
     view,
 )
 
-__all__ = ["Doors", "router"]
+__all__ = ["router"]
 
 _LINE_BYTES = 512
 # A report is the work of a run, and must not act as a page of the service.
@@ -42,30 +41,7 @@ _SANDBOX = {
 router = APIRouter(prefix="/v1")
 
 
-@dataclass(frozen=True, slots=True)
-class Doors:
-    """What the routes reach, kept in the application's state as ``doors``.
-
-    Attributes:
-        store: The searches.
-        tokens: Who may ask; None: everybody, and all are admin.
-        policy: What a config may name.
-    """
-
-    store: Store
-    tokens: Tokens | None
-    policy: Policy
-
-
 _bearer = HTTPBearer(auto_error=False, description="A token, made by hawq token make.")
-
-
-def _doors(request: Request) -> Doors:
-    found: Doors = request.app.state.doors
-    return found
-
-
-Inside = Annotated[Doors, Depends(_doors)]
 
 
 def _searches(inside: Inside) -> Store:
@@ -78,24 +54,16 @@ Searches = Annotated[Store, Depends(_searches)]
 def _caller(
     inside: Inside, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
-    if inside.tokens is None:
-        return Caller("local", True)
-    if given is None:
-        raise TokenRefusedError("a token must be given, got none")
-    return inside.tokens.caller(given.credentials)
+    return inside.caller(given.credentials if given else None)
 
 
 Asking = Annotated[Caller, Depends(_caller)]
 
 
 def _owned(
-    search: Annotated[str, InPath(description="A search's id.")], store: Searches, asking: Asking
+    search: Annotated[str, InPath(description="A search's id.")], inside: Inside, asking: Asking
 ) -> Record:
-    record = store.get(search)
-    if not asking.is_admin and record.owner != asking.name:
-        # As if it were not there, which is all that others need to know.
-        raise NoSearchError(search)
-    return record
+    return inside.owned(search, asking)
 
 
 Owned = Annotated[Record, Depends(_owned)]
@@ -154,7 +122,7 @@ def submit(
 
 @router.get("/searches", responses=_OF_SEARCH)
 def searches(
-    store: Searches,
+    inside: Inside,
     asking: Asking,
     state: Annotated[State | None, Query(description="In this state alone.")] = None,
     name: Name | None = None,
@@ -168,9 +136,9 @@ def searches(
     if not asking.is_admin:
         owner = asking.name
     if after is not None:
-        _owned(after, store, asking)
-    page = store.page(owner=owner, state=state, name=name, after=after, limit=limit)
-    return page_view(store, page)
+        inside.owned(after, asking)
+    page = inside.store.page(owner=owner, state=state, name=name, after=after, limit=limit)
+    return page_view(inside.store, page)
 
 
 @router.get("/searches/{search}", responses=_OF_SEARCH)

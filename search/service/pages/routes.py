@@ -13,18 +13,17 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 from search.errors import InputError
 from search.report.palette import looks
 from search.service import routes as api
+from search.service.doors import Inside
 from search.service.pages.panels import drawing
 from search.service.pages.rendering import PageRoute, figures_json, page
 from search.service.pages.side_by_side import found_by, front_figure, rows
 from search.service.pages.stages import events_of, stage_names, stages_of_run, warnings_of
 from search.service.pages.visitors import (
     Form,
-    Inside,
     Owned,
     SentHere,
     Visitor,
     forget,
-    owned,
     remember,
 )
 from search.service.record import ENDED, Record, State
@@ -214,7 +213,7 @@ def compare(
         )
     found = []
     for one in chosen:
-        record = owned(one, inside, visitor)
+        record = inside.owned(one, visitor)
         found.append(found_by(record, inside.store.folder(record.id)))
     return page(
         "compare",

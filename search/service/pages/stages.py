@@ -24,7 +24,8 @@ StageState = Literal["waiting", "running", "finished", "skipped", "failed", "sto
 
 # Long enough to be steady, short enough to follow a change.
 _WINDOW_SECONDS = 120.0
-# As in search/pipeline.py, which is not imported here, for it brings Ray with it.
+# As in search/pipeline.py, which is not imported here, for it brings Tune and Optuna into the
+# service; a test holds the two together.
 _STAGES = (
     *("model", "curvature", "tables", "searches", "candidates", "agreement"),
     *("calibration", "study", "trials", "test", "report"),

@@ -10,20 +10,17 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Depends, Request, Response
 
+from search.service.doors import Inside
 from search.service.record import Record
-from search.service.routes import Doors
-from search.service.store import NoSearchError
-from search.service.tokens import Caller, TokenRefusedError
+from search.service.tokens import Caller
 
 __all__ = [
     "ForeignFormError",
     "Form",
-    "Inside",
     "Owned",
     "SentHere",
     "Visitor",
     "forget",
-    "owned",
     "remember",
 ]
 
@@ -34,35 +31,18 @@ class ForeignFormError(ValueError):
     """A form was sent from elsewhere."""
 
 
-def _doors(request: Request) -> Doors:
-    found: Doors = request.app.state.doors
-    return found
-
-
-Inside = Annotated[Doors, Depends(_doors)]
-
-
 def _visitor(request: Request, inside: Inside) -> Caller:
-    if inside.tokens is None:
-        return Caller("local", True)
-    secret = request.cookies.get(_COOKIE)
-    if secret is None:
-        raise TokenRefusedError("a token must be given, got none")
-    return inside.tokens.caller(secret)
+    return inside.caller(request.cookies.get(_COOKIE))
 
 
 Visitor = Annotated[Caller, Depends(_visitor)]
 
 
-def owned(search: str, inside: Inside, visitor: Visitor) -> Record:
-    """Return a search that somebody may see; another one is as if it were not there."""
-    record = inside.store.get(search)
-    if not visitor.is_admin and record.owner != visitor.name:
-        raise NoSearchError(search)  # as the API says it
-    return record
+def _owned(search: str, inside: Inside, visitor: Visitor) -> Record:
+    return inside.owned(search, visitor)
 
 
-Owned = Annotated[Record, Depends(owned)]
+Owned = Annotated[Record, Depends(_owned)]
 
 
 def _refuse_foreign(request: Request) -> None:
