@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hawq.factors import softmax_factor
-from hawq.task import Factor
 from search.errors import InputError
+from search.tasks.cross_entropy import Classes
 from search.tasks.factories import Network
 from search.tasks.images import ImageSet, load_images
 from search.tasks.networks import SmallResNet
@@ -24,7 +22,7 @@ ImageBatch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class ClassificationTask:
+class ClassificationTask(Classes):
     """A classifier of small images with its data; see ``hawq.task.Task``.
 
     Attributes:
@@ -45,11 +43,6 @@ class ClassificationTask:
     search_indices: str | None = None
     split_seed: int = 0
     search_seen: bool = False
-
-    @property
-    def score_name(self) -> str:
-        """Top-1 accuracy."""
-        return "accuracy"
 
     @property
     def fingerprint(self) -> str:
@@ -101,35 +94,6 @@ class ClassificationTask:
         n = torch.arange(num)[:, None, None]
         moved = padded[n, :, y[:, :, None], x[:, None, :]]
         return moved.permute(0, 3, 1, 2).contiguous(), labels
-
-    def inputs(self, batch: ImageBatch) -> Tensor:
-        """Return the images."""
-        return batch[0]
-
-    def losses(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        """Return each image's cross-entropy, shape (N,)."""
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-    def curvature(
-        self, model: nn.Module, batch: ImageBatch
-    ) -> tuple[Tensor, Sequence[Factor]] | None:
-        """Return the logits and softmax's factor."""
-        logits: Tensor = model(batch[0])
-        return logits, [softmax_factor(logits)]
-
-    def distillation(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-        """Return KL(teacher‖network) of the softened classes, shape (N,) (Hinton et al., 2015)."""
-        return F.kl_div(
-            (outputs / temperature).log_softmax(1),
-            (teacher_outputs / temperature).log_softmax(1),
-            reduction="none",
-            log_target=True,
-        ).sum(1)
-
-    def scores(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        """Return 1 where the likeliest class is right, else 0, shape (N,)."""
-        correct: Tensor = model(batch[0]).argmax(1) == batch[1]
-        return correct.float()
 
     def _images(self) -> ImageSet:
         return load_images(self.data, self.root)

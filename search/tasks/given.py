@@ -24,6 +24,7 @@ from hawq.task import Factor
 from search.errors import InputError
 from search.folder import write_atomically
 from search.tasks.checkpoint import state_sha256
+from search.tasks.cross_entropy import is_right, softened_divergence
 from search.tasks.examples import SPLITS, Batches, Rows, gathered, picked
 from search.tasks.factories import called, checked_network, source_of
 from search.tasks.portable import packed, unpacked
@@ -163,8 +164,7 @@ class GivenTask:
         """Return each example's score, shape (N,)."""
         metric, outputs, targets = self.source.open().metric, model(batch[0]), batch[1]
         if metric is None:
-            correct: Tensor = outputs.argmax(1) == targets
-            return correct.float()
+            return is_right(outputs, targets)
         return _one_each(metric(outputs, targets), len(batch[0]), "metric").float()
 
     def _split(self, split: str) -> Rows:
@@ -177,13 +177,8 @@ class _GivenClassifier(GivenTask):
     """The same with softmax cross-entropy: its network may learn from another one's classes."""
 
     def distillation(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-        """Return KL(teacher‖network) of the softened classes, shape (N,) (Hinton et al., 2015)."""
-        return F.kl_div(
-            (outputs / temperature).log_softmax(1),
-            (teacher_outputs / temperature).log_softmax(1),
-            reduction="none",
-            log_target=True,
-        ).sum(1)
+        """Return each example's divergence from the teacher, shape (N,)."""
+        return softened_divergence(outputs, teacher_outputs, temperature)
 
 
 def given_task(source: Source) -> GivenTask:

@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hawq.factors import softmax_factor
-from hawq.task import Factor
 from search.errors import InputError
 from search.folder import write_atomically
+from search.tasks.cross_entropy import Classes
 from search.tasks.factories import Network
 from search.tasks.zoo import Preprocessing
 
@@ -44,7 +43,7 @@ _AREA, _RATIO = (0.25, 1.0), (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True, slots=True)
-class ImageNetTask:
+class ImageNetTask(Classes):
     """A classifier of photographs with its data; see ``hawq.task.Task``.
 
     Attributes:
@@ -66,11 +65,6 @@ class ImageNetTask:
     search_size: int
     split_seed: int = 0
     search_seen: bool = True
-
-    @property
-    def score_name(self) -> str:
-        """Top-1 accuracy."""
-        return "accuracy"
 
     @property
     def fingerprint(self) -> str:
@@ -111,35 +105,6 @@ class ImageNetTask:
             part = part.flip(3) if mirror < 0.5 else part
             found.append(F.interpolate(part, (size, size), mode="bilinear", antialias=True))
         return torch.cat(found), labels
-
-    def inputs(self, batch: ImageBatch) -> Tensor:
-        """Return the images."""
-        return batch[0]
-
-    def losses(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        """Return each image's cross-entropy, shape (N,)."""
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-    def curvature(
-        self, model: nn.Module, batch: ImageBatch
-    ) -> tuple[Tensor, Sequence[Factor]] | None:
-        """Return the logits and softmax's factor."""
-        logits: Tensor = model(batch[0])
-        return logits, [softmax_factor(logits)]
-
-    def distillation(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-        """Return KL(teacher‖network) of the softened classes, shape (N,) (Hinton et al., 2015)."""
-        return F.kl_div(
-            (outputs / temperature).log_softmax(1),
-            (teacher_outputs / temperature).log_softmax(1),
-            reduction="none",
-            log_target=True,
-        ).sum(1)
-
-    def scores(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        """Return 1 where the likeliest class is right, else 0, shape (N,)."""
-        correct: Tensor = model(batch[0]).argmax(1) == batch[1]
-        return correct.float()
 
     @property
     def _normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
