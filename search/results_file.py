@@ -1,18 +1,20 @@
 """A file of finished rows of a comparison, which runs in pieces add to.
 
-``NAME.results.json`` holds, for every network that was trained and tested, which test examples it
-got right, a bit each. All that is shown, means, errors and paired differences, is computed from
-these bits by ``hawq results``. What a row has under ``found`` is for those who read the file
-without this program; nothing reads it back.
+``NAME.results.json`` holds, for every network that was trained and tested, its score on every test
+example: a bit each where they are right or wrong. All that is shown, means, errors and paired
+differences, is computed from these by ``hawq results``. What a row has under ``found`` is for those
+who read the file without this program; nothing reads it back.
 
 Rows are of one ``setting``: everything that all candidates of a comparison share, from the weights
 before quantization to the recipe. Runs with other methods, budgets or seeds have the same setting,
-and their rows merge: a row is a method under a budget, and has a training for every seed.
+and their rows merge: a row is a method under a budget, and has a training for every seed. A file
+that an earlier version wrote is read with the keys that the config has gained since.
 """
 
 import base64
 import fcntl
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +25,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search.errors import InputError
-from search.folder import write_atomically
+from search.folder import content_hash, write_atomically
 from search.replicates import Replicates
+from search.results_setting import shared
 
 __all__ = [
     "Choice",
@@ -49,7 +52,7 @@ class Setting(_Part):
     tier: str = Field(description="Name of the config.")
     score_name: str
     num_examples: int = Field(description="Of the test split.", ge=2)
-    unquantized: str = Field(description="Which of them the unquantized network got right.")
+    unquantized: str = Field(description="Scores of the unquantized network, as a training has.")
     activation_bits: int | None = Field(
         description="Of all activations, where they are not searched; null: they are, or are none."
     )
@@ -72,7 +75,7 @@ class Training(_Part):
 
     seed: int
     digest: str = Field(description="Of the choice that was trained, and of its order.")
-    correct: str = Field(description="Each test example's score, base64: packed bits, or float32.")
+    scores: str = Field(description="Each test example's score, base64: packed bits, or float32.")
     seconds: float = Field(description="Of fine-tuning.")
     command: str
     commit: str | None = Field(description="Of the program's checkout; null: it was none.")
@@ -115,7 +118,7 @@ class Row(_Part):
         return Replicates(
             tuple(t.seed for t in self.trainings),
             tuple(t.digest for t in self.trainings),
-            np.stack([unpacked(t.correct, setting.num_examples) for t in self.trainings]),
+            np.stack([unpacked(t.scores, setting.num_examples) for t in self.trainings]),
         )
 
 
@@ -157,7 +160,13 @@ def add(path: Path, setting: str, shared: Setting, rows: Iterable[Row]) -> Resul
     """
     with _alone(path.parent):
         found = (read_results(path) if path.exists() else Results()).joined(setting, shared, rows)
-        write_atomically(path, found.model_dump_json(indent=1) + "\n")
+        # A list of channels' bits in one line, so that a difference can be read.
+        text = re.sub(
+            r"\[\s*\n[\d,\s]+\]",
+            lambda numbers: " ".join(numbers[0].split()).replace("[ ", "[").replace(" ]", "]"),
+            found.model_dump_json(indent=1),
+        )
+        write_atomically(path, text + "\n")
     return found
 
 
@@ -183,7 +192,7 @@ def read_results(path: Path) -> Results:
         ) from error
     for i, row in enumerate(found.rows):
         _refuse_odd(f"{path}: rows.{i}", row, found)
-    return found
+    return _completed(found)
 
 
 def packed(scores: NDArray[np.floating[Any]]) -> str:
@@ -207,13 +216,23 @@ def unpacked(text: str, num: int) -> NDArray[np.float64]:
     return np.unpackbits(raw, count=num).astype(np.float64)
 
 
+def _completed(found: Results) -> Results:
+    current = Results()
+    for name, setting in found.settings.items():
+        config = shared(setting.config)
+        hash_ = content_hash(config)
+        rows = [row.model_copy(update={"setting": hash_}) for row in found.of(name)]
+        current = current.joined(hash_, setting.model_copy(update={"config": config}), rows)
+    return current
+
+
 def _refuse_odd(where: str, row: Row, found: Results) -> None:
     if row.setting not in found.settings:
         raise InputError(f"{where}.setting: must be among the settings, got {row.setting!r}")
     setting = found.settings[row.setting]
     if not row.trainings:
         raise InputError(f"{where}.trainings: must be at least one, got none")
-    texts = [(f"{where}.trainings.{t}.correct", tr.correct) for t, tr in enumerate(row.trainings)]
+    texts = [(f"{where}.trainings.{t}.scores", tr.scores) for t, tr in enumerate(row.trainings)]
     for place, text in [*texts, (f"settings.{row.setting}.unquantized", setting.unquantized)]:
         try:
             unpacked(text, setting.num_examples)

@@ -3,25 +3,19 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors.numpy import load_file
 
 from hawq.allocation import by_owner
 from search.artefacts import Candidate, Draw, Summary
 from search.checkout import commits
-from search.errors import InputError
 from search.folder import content_hash
 from search.results_file import Choice, Results, Row, Setting, Training, add, packed
+from search.results_setting import shared
 from search.searchers import SEARCHERS
 from search.stages.test import SCORES_FILE
 
 __all__ = ["record", "typed"]
-
-# What rows of one comparison may differ in; and where files are, which weights' hash stands for.
-_FREE = {"budgets", "methods", "uniform_draws", "calibration", "study", "workers", "ray"}
-_PLACES = {"root", "checkpoint"}
-_TRIALS = ("asha", "workers")
 
 
 def record(path: Path, run: Path, summary: Summary, command: str) -> Results:
@@ -34,22 +28,20 @@ def record(path: Path, run: Path, summary: Summary, command: str) -> Results:
         command: That made it.
 
     Raises:
-        InputError: If the file is none of results, or scores are not right or wrong.
+        InputError: If the file is none of results.
     """
-    shared = _shared(summary)
-    setting = content_hash(shared)
-    scores = load_file(run / SCORES_FILE)
-    try:
-        correct = {
-            (digest, seed): packed(scores[key][r])
-            for key, score in summary.test.scores.items()
-            for r, (digest, seed) in enumerate(zip(score.digests, score.seeds, strict=True))
-        }
-        unquantized = packed(scores["unquantized"])
-    except ValueError as error:
-        raise InputError(f"--results: {error}") from error
+    common = shared(summary.config) | {"weights_sha256": summary.model.weights_sha256}
+    if summary.study is not None:
+        common["recipe"] = summary.study.parameters
+    setting = content_hash(common)
+    arrays = load_file(run / SCORES_FILE)
+    scores = {
+        (digest, seed): packed(arrays[key][r])
+        for key, score in summary.test.scores.items()
+        for r, (digest, seed) in enumerate(zip(score.digests, score.seeds, strict=True))
+    }
     rows = [
-        _row(summary, candidate, setting, correct, run, command)
+        _row(summary, candidate, setting, scores, run, command)
         for candidate in summary.candidates.candidates
         if candidate.key in summary.test.scores
     ]
@@ -61,9 +53,9 @@ def record(path: Path, run: Path, summary: Summary, command: str) -> Results:
             tier=summary.name,
             score_name=summary.model.score_name,
             num_examples=summary.test.num_examples,
-            unquantized=unquantized,
+            unquantized=packed(arrays["unquantized"]),
             activation_bits=None if summary.curvature.activations else section["bits"],
-            config=shared,
+            config=common,
         ),
         rows,
     )
@@ -82,24 +74,11 @@ def typed(arguments: Sequence[str]) -> str:
     return shlex.join(kept)
 
 
-def _shared(summary: Summary) -> dict[str, Any]:
-    """Return what a comparison's rows have in common."""
-    config = summary.config
-    found = {key: value for key, value in config.items() if key not in _FREE | {"trials", "task"}}
-    found["task"] = {key: value for key, value in config["task"].items() if key not in _PLACES}
-    found["trials"] = {key: config["trials"][key] for key in _TRIALS if key in config["trials"]}
-    found["weights_sha256"] = summary.model.weights_sha256
-    study = getattr(summary, "study", None)
-    if study is not None:
-        found["recipe"] = study.parameters
-    return found
-
-
 def _row(
     summary: Summary,
     candidate: Candidate,
     setting: str,
-    correct: dict[tuple[str, int], str],
+    scores: dict[tuple[str, int], str],
     run: Path,
     command: str,
 ) -> Row:
@@ -129,7 +108,7 @@ def _row(
             Training(
                 seed=seed,
                 digest=digest,
-                correct=correct[digest, seed],
+                scores=scores[digest, seed],
                 seconds=seconds[digest, seed],
                 **facts,
             )

@@ -88,7 +88,7 @@ def add_run(path, folder, command="hawq run c.yaml", **how):
 
 def without_derived(results):
     """Leave out what a later run may say otherwise: nothing but its command."""
-    return {row.key: [(t.seed, t.digest, t.correct) for t in row.trainings] for row in results.rows}
+    return {row.key: [(t.seed, t.digest, t.scores) for t in row.trainings] for row in results.rows}
 
 
 def test_bits_come_back_and_other_scores_are_refused():
@@ -130,6 +130,31 @@ def test_the_same_run_twice_is_in_the_file_once(tmp_path):
         "hawq run other.yaml"
     }
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["x.results.json"]
+
+
+def test_a_file_from_before_a_key_of_the_config_joins_with_later_runs(tmp_path):
+    path = tmp_path / "x.results.json"
+    add_run(path, tmp_path / "a", seeds=(0,))
+    document = json.loads(path.read_text())
+    (setting,) = document["settings"].values()
+    del setting["config"]["finetune"]["clip_norm"]
+    document["settings"] = {"before": setting}
+    for row in document["rows"]:
+        row["setting"] = "before"
+    path.write_text(json.dumps(document))
+    found = add_run(path, tmp_path / "b", seeds=(1,))
+    assert len(found.settings) == 1
+    assert [len(row.trainings) for row in found.rows] == [2, 2]
+
+
+def test_places_of_one_machine_and_lines_of_one_number_are_not_in_the_file(tmp_path):
+    path = tmp_path / "x.results.json"
+    add_run(path, tmp_path / "a")
+    text = path.read_text()
+    assert str(tmp_path) not in text
+    assert '"milestones": [' in text
+    assert "[2, 3, 4" in text
+    assert not any(line.strip(" ,").isdecimal() for line in text.splitlines())
 
 
 def test_runs_of_another_setting_are_not_compared(tmp_path):
@@ -207,7 +232,7 @@ def test_every_number_of_the_table_is_computed_from_the_bits(tmp_path):
     path.write_text(json.dumps(document))
     assert results_text(read_results(path)) == text
     changed = document["rows"][0]["trainings"][0]
-    changed["correct"] = packed(1 - unpacked(changed["correct"], NUM))
+    changed["scores"] = packed(1 - unpacked(changed["scores"], NUM))
     path.write_text(json.dumps(document))
     assert results_text(read_results(path)) != text
 
@@ -261,8 +286,8 @@ def test_where_the_numbers_come_from_is_said(tmp_path):
         (lambda d: d["rows"][0].update(setting="?"), r"rows\.0\.setting: must be among"),
         (lambda d: d["rows"][0].update(trainings=[]), r"rows\.0\.trainings: must be at least one"),
         (
-            lambda d: d["rows"][0]["trainings"][0].update(correct="AAAA"),
-            r"rows\.0\.trainings\.0\.correct: must hold 1003 bits in 126 bytes, got 3 bytes",
+            lambda d: d["rows"][0]["trainings"][0].update(scores="AAAA"),
+            r"rows\.0\.trainings\.0\.scores: must hold 1003 bits in 126 bytes, got 3 bytes",
         ),
         (lambda d: d["rows"][0].update(choices={}), r"rows\.0\.choices: must hold"),
     ],

@@ -14,6 +14,7 @@ from search.comparison.verdict import verdict
 from search.config_file import load_config
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
+from search.results_setting import placeless
 from search.searched import AgreementArtefact, SearchRecord
 from search.stages.test import SCORES_FILE
 
@@ -47,7 +48,7 @@ def compared(run: Path, name: str) -> ComparisonDocument:
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine(),
         versions=versions(),
-        config=config.model_dump(mode="json"),
+        config=placeless(config.model_dump(mode="json")),
         score_name=model.score_name,
         fidelity=searches[0].fidelity if searches else "none",
         num_examples=agreement.num_examples
