@@ -2,7 +2,7 @@
 
 import base64
 import io
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ __all__ = [
     "Pictured",
     "PicturedImage",
     "PicturesDocument",
+    "pictured",
     "read_jpeg",
     "take_pictures",
 ]
@@ -57,7 +58,6 @@ class PicturesDocument(_Document):
     images: list[PicturedImage]
 
 
-@runtime_checkable
 class Pictured(Task, Protocol):
     """A task whose network finds boxes in images."""
 
@@ -73,6 +73,13 @@ class Pictured(Task, Protocol):
     def found(self, model: nn.Module, split: str, index: int) -> Boxes:
         """Return the boxes that a network finds there, with their scores."""
         ...
+
+
+def pictured(task: Task) -> Pictured | None:
+    """Return the same task, if its network finds boxes in images."""
+    # Not isinstance: what wraps a task passes on what it has.
+    takes = hasattr(task, "picture") and hasattr(task, "found")
+    return cast(Pictured, task) if takes else None
 
 
 def take_pictures(task: Pictured, networks: dict[str, nn.Module]) -> PicturesDocument:

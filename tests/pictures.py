@@ -9,7 +9,21 @@ import numpy as np
 from PIL import Image
 
 CLASSES = ("red", "green", "blue")
-DETECTOR = Path(__file__).with_name("tiny_retinanet.py")
+DETECTOR = Path(__file__).parents[1] / "configs" / "detectors" / "bccd_retinanet.py"
+# The smallest RetinaNet that still has a pyramid, for drawn rectangles of 64×96 pixels.
+TINY: dict[str, Any] = {
+    "model.backbone.base_channels": 4,
+    "model.neck.in_channels": [4, 8, 16, 32],
+    "model.neck.out_channels": 8,
+    "model.bbox_head.in_channels": 8,
+    "model.bbox_head.feat_channels": 8,
+    "model.bbox_head.stacked_convs": 1,
+    "model.bbox_head.anchor_generator.scales_per_octave": 1,
+} | {
+    f"{part}_dataloader.dataset.{key}": value
+    for part in ("train", "val", "test")
+    for key, value in (("metainfo.classes", CLASSES), ("pipeline.2.scale", (96, 64)))
+}
 
 
 def draw_set(

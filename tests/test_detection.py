@@ -1,27 +1,32 @@
 """Detectors through the whole search, on drawn rectangles; and what a wrong data set is told."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from pictures import CLASSES, DETECTOR, draw_set
+from pictures import CLASSES, DETECTOR, TINY, draw_set
 
 pytest.importorskip("mmdet", reason="needs the extra: pip install 'hawq-search[detection]'")
 
 from hawq.finetune import Recipe, evaluate, make_optimizer, train_epoch
+from hawq.finetune.batch_norm import has_statistics
 from hawq.reads import read_network
 from hawq.testing import check_task
 from search.artefacts import Summary
 from search.config_file import load_config
 from search.doctor import examine_config
 from search.errors import InputError
+from search.pictured import pictured, take_pictures
 from search.pipeline import run
 from search.spaces import reads_of, space_of
 from search.tasks.build import build_task
 from search.tasks.detection import DetectionTask
+from search.tasks.detectors import detector_config
+from search.tasks.folded import folded
 from search.tasks.mmcv_ops import serve_mmcv_ops
 
 serve_mmcv_ops()
@@ -36,7 +41,7 @@ def rectangles(tmp_path_factory):
 
 
 def make_task(root, **options):
-    return DetectionTask(str(DETECTOR), str(root), json.dumps(options))
+    return DetectionTask(str(DETECTOR), str(root), json.dumps(TINY | options))
 
 
 def test_a_detector_keeps_the_contract(rectangles):
@@ -54,7 +59,7 @@ def test_the_splits_are_the_configs_own(rectangles):
 
 
 def test_without_a_set_of_its_own_the_search_split_is_held_out(rectangles):
-    given = {"test_dataloader.dataset.ann_file": "annotations/val.json"}
+    given = TINY | {"test_dataloader.dataset.ann_file": "annotations/val.json"}
     task = DetectionTask(str(DETECTOR), str(rectangles), json.dumps(given), 6, from_checkpoint=True)
     assert (task.size("train"), task.size("search"), task.size("test")) == (18, 6, 10)
     assert task.search_seen
@@ -113,6 +118,29 @@ def test_the_score_is_coco_s_own(rectangles):
     assert float(score.mean()) == pytest.approx(expected, abs=6e-4)  # it is rounded to 0.001
 
 
+def test_a_folded_detector_keeps_the_contract_its_map_and_its_pictures(rectangles):
+    task = make_task(rectangles)
+    wrapped = pickle.loads(pickle.dumps(folded(task)))
+    check_task(wrapped)
+    assert not has_statistics(wrapped.model())
+    plain, same = (pictured(t) for t in (task, wrapped))
+    model = wrapped.model()
+    assert take_pictures(same, {"fp32": model}) == take_pictures(plain, {"fp32": model})
+    assert wrapped.remarks() == task.remarks()
+    values = task.scores(model, task.batch("test", torch.arange(4)))
+    assert torch.equal(wrapped.pooled(values), task.pooled(values))
+
+
+def test_lists_are_of_the_kind_that_they_take_the_place_of(rectangles):
+    given = TINY | {"model.backbone": {"strides": [1, 2, 2, 2], "out_indices": [0, 1, 2, 3]}}
+    config = detector_config(str(DETECTOR), given)
+    assert config.model.neck.in_channels == [4, 8, 16, 32]
+    assert config.model.backbone.out_indices == (0, 1, 2, 3)
+    assert config.model.backbone.strides == (1, 2, 2, 2)
+    assert config.val_dataloader.dataset.pipeline[2].scale == (96, 64)
+    assert config.val_dataloader.dataset.metainfo.classes == list(CLASSES)
+
+
 def test_heads_that_levels_share_have_a_tensor_for_each(rectangles):
     task = make_task(rectangles)
     reads = read_network(task.model(), task.batch("train", torch.arange(1))["images"])
@@ -124,7 +152,7 @@ def written(folder, rectangles, **changes):
     config = {
         "seed": 0,
         "task": {
-            "detector": {"config": str(DETECTOR), "root": str(rectangles)},
+            "detector": {"config": str(DETECTOR), "root": str(rectangles), "options": TINY},
             "pretrain": {"epochs": 4, "batch_size": 4, "lr": 0.02, "clip_norm": 10},
         },
         "curvature": {"examples": 8, "batch_size": 2, "rtol": 0.3, "max_probes": 8},

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pictures import DETECTOR, draw_set
+from pictures import DETECTOR, TINY, draw_set
 from torch.utils._pytree import tree_leaves, tree_structure, treespec_dumps
 
 pytest.importorskip("mmdet", reason="needs the extra: pip install 'hawq-search[detection]'")
@@ -25,7 +25,7 @@ def task(tmp_path_factory):
     root = draw_set(
         tmp_path_factory.mktemp("rectangles") / "set", {"train": 8, "val": 4, "test": 6}
     )
-    return DetectionTask(str(DETECTOR), str(root), "{}")
+    return DetectionTask(str(DETECTOR), str(root), json.dumps(TINY))
 
 
 @pytest.fixture(scope="module")

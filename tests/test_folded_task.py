@@ -33,6 +33,7 @@ def test_a_folded_task_keeps_the_contract(task):
     assert wrapped.fingerprint != task.fingerprint
     assert folded(task).fingerprint == pickle.loads(pickle.dumps(wrapped)).fingerprint
     assert isinstance(wrapped, Distillable) == isinstance(task, Distillable)
+    assert not hasattr(wrapped, "pooled")  # else every process of a crew would score all examples
     assert not has_statistics(wrapped.model())
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from search.artefacts import Candidate, Difference, Score, TestArtefact, TrialsArtefact
 from search.folder import content_hash, write_atomically
-from search.pictured import PICTURES_FILE, Pictured, take_pictures
+from search.pictured import PICTURES_FILE, pictured, take_pictures
 from search.replicates import Replicates
 from search.stages.scoring import Job, score_all
 from search.stages.search import Search
@@ -83,7 +83,8 @@ def _keep_pictures(search: Search, tested: Sequence[TrialSpec]) -> None:
 
     Of the search split, and the best there: the test split has been looked at once.
     """
-    if not isinstance(search.task, Pictured):
+    task = pictured(search.task)
+    if task is None:
         return
     network = search.task.model()
     network.load_state_dict(search.weights)
@@ -95,7 +96,7 @@ def _keep_pictures(search: Search, tested: Sequence[TrialSpec]) -> None:
         quantized.load_state_dict(load_file(best.folder / "model.safetensors"))
         method = next(c.method for c in search.candidates if best.digest in c.digests)
         networks[f"quantized: {method}"] = quantized
-    found = take_pictures(search.task, {k: v.eval() for k, v in networks.items()})
+    found = take_pictures(task, {k: v.eval() for k, v in networks.items()})
     write_atomically(search.folder.path / PICTURES_FILE, found.model_dump_json())
 
 

@@ -55,7 +55,7 @@ def _read(path: str, options: str) -> Any:
         )
     try:
         config = mmengine.Config.fromfile(str(file))
-        config.merge_from_dict(_with_tuples(json.loads(options)))
+        config.merge_from_dict(_fitted(json.loads(options), config.to_dict()))
     except (OSError, SyntaxError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise InputError(f"task.detector.config: {path} must be readable ({error})") from error
     if "data" in config and "train_dataloader" not in config:
@@ -69,14 +69,30 @@ def _read(path: str, options: str) -> Any:
     return config
 
 
-def _with_tuples(value: Any) -> Any:
-    """Make tuples of lists of numbers: sizes and scales must be tuples, and YAML has none."""
+def _fitted(value: Any, present: Any) -> Any:
+    """Make tuples of lists of numbers: most sizes and scales must be tuples, and YAML has none.
+
+    What takes the place of a list stays one: a pyramid's channels must be.
+    """
     if isinstance(value, dict):
-        return {key: _with_tuples(inner) for key, inner in value.items()}
+        return {key: _fitted(inner, _at(present, key)) for key, inner in value.items()}
     if isinstance(value, list):
-        inner = [_with_tuples(v) for v in value]
-        return tuple(inner) if all(isinstance(v, int | float) for v in inner) else inner
+        inner = [_fitted(v, None) for v in value]
+        is_sized = not isinstance(present, list) and all(isinstance(v, int | float) for v in inner)
+        return tuple(inner) if is_sized else inner
     return value
+
+
+def _at(config: Any, key: str) -> Any:
+    """Return what stands under a dotted key; None if nothing does."""
+    for part in key.split("."):
+        if isinstance(config, list) and part.isdigit() and int(part) < len(config):
+            config = config[int(part)]
+        elif isinstance(config, dict):
+            config = config.get(part)
+        else:
+            return None
+    return config
 
 
 def _shipped(path: str) -> Path:

@@ -6,14 +6,14 @@ Curvature, Ω and trials are then of the weights that integer hardware multiplie
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hawq.finetune import fold_batch_norm
 from hawq.finetune.folding import Foldable, foldable
-from hawq.task import Batch, Distillable, Factor, Task, curved, pooled_scores
+from hawq.task import Batch, Distillable, Factor, Task, curved
 
 __all__ = ["FoldedTask", "folded", "folding"]
 
@@ -22,11 +22,19 @@ __all__ = ["FoldedTask", "folded", "folding"]
 class FoldedTask:
     """Another task with a folded network; see ``hawq.task.Task``.
 
+    What else the task has, it has too: a score that is no mean, pictures, remarks.
+
     Attributes:
         inner: The task as it was.
     """
 
     inner: Task
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked of what is being unpickled, which has no inner task yet.
+        if name == "inner" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     @property
     def score_name(self) -> str:
@@ -79,10 +87,6 @@ class FoldedTask:
         """Smooth the inner task, if it asks for that."""
         inner, what = curved(self.inner)
         return replace(self, inner=inner), what
-
-    def pooled(self, values: Tensor) -> Tensor:
-        """Pool as the inner task does, if it does."""
-        return pooled_scores(self.inner, [values])
 
 
 class _FoldedDistillableTask(FoldedTask):
