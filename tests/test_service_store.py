@@ -1,14 +1,21 @@
 """The store's contract: what is written is whole, stays, and is found again; and its tokens."""
 
 import json
+import os
+import shutil
+import subprocess
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import create_engine, text
 
 from search.config import SearchConfig
 from search.errors import InputError
+from search.service.database import searches
 from search.service.record import Record, StateError
 from search.service.store import KeyReusedError, NoSearchError, SearchActiveError, Store
 from search.service.tokens import Caller, TokenRefusedError, Tokens, opened_tokens
@@ -19,9 +26,63 @@ CONFIG = SearchConfig.model_validate(
 OTHER = CONFIG.model_copy(update={"seed": 1})
 
 
+class Postgres:
+    """A PostgreSQL server of its own, which listens on a socket in its folder alone.
+
+    It refuses to run as root: there Debian's user of the same name has it.
+    """
+
+    def __init__(self, programs):
+        self.programs, self.user = programs, "postgres" if os.geteuid() == 0 else None
+        self.folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, for a socket is in it
+        if self.user is not None:
+            shutil.chown(self.folder, self.user)
+        self.url = f"postgresql+psycopg://hawq@/postgres?host={self.folder}"
+        self.run("initdb", "--username=hawq", "--auth=trust", "--no-sync")
+        self.start()
+
+    def start(self):
+        options = f"-c listen_addresses='' -c fsync=off -k {self.folder}"
+        self.run("pg_ctl", "start", "--wait", "-o", options, "-l", str(self.folder / "log"))
+
+    def stop(self):
+        self.run("pg_ctl", "stop", "--wait", "--mode=immediate")
+
+    def run(self, program, *arguments):
+        data = f"--pgdata={self.folder / 'data'}"
+        command = [str(self.programs / program), data, *arguments]
+        quiet = subprocess.DEVNULL  # a pipe would stay open with the server
+        subprocess.run(command, user=self.user, stdout=quiet, stderr=quiet, cwd="/", check=True)
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("no PostgreSQL: apt-get install postgresql")
+    server = Postgres(programs[-1])
+    yield server
+    server.stop()
+    shutil.rmtree(server.folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request):
+    """URL of an index, an empty one."""
+    if request.param == "sqlite":
+        return None
+    url = request.getfixturevalue("postgres").url
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    engine.dispose()
+    return url
+
+
 @pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "store")
+def store(tmp_path, database):
+    store = Store(tmp_path / "store", database)
     yield store
     store.close()
 
@@ -30,9 +91,9 @@ def submit(store, name="n", **more):
     return store.submit(CONFIG, **{"owner": "ann"} | more, name=name)[0]
 
 
-def test_a_search_is_found_again_by_another_process(store, tmp_path):
+def test_a_search_is_found_again_by_another_process(store, tmp_path, database):
     search = submit(store)
-    again = Store(tmp_path / "store")
+    again = Store(tmp_path / "store", database)
     assert again.get(search.id) == search
     assert again.folder(search.id).config() == CONFIG
     again.close()
@@ -48,12 +109,12 @@ def test_one_key_is_one_search(store):
         store.submit(OTHER, owner="ann", name="n", key="k")
 
 
-def test_a_key_is_kept_when_the_index_is_lost(store, tmp_path):
+def test_a_key_is_kept_when_the_index_is_lost(store, tmp_path, database):
     first, _ = store.submit(CONFIG, owner="ann", name="n", key="k")
+    with store.engine.begin() as connection:
+        searches.drop(connection)
     store.close()
-    for path in (tmp_path / "store").glob("index.db*"):
-        path.unlink()
-    again = Store(tmp_path / "store")
+    again = Store(tmp_path / "store", database)
     again.reindex()
     assert again.submit(CONFIG, owner="ann", name="n", key="k") == (first, False)
     again.close()
@@ -205,6 +266,13 @@ def test_a_token_is_good_until_it_is_revoked(store):
         tokens.caller(secret)
 
 
+@pytest.mark.parametrize("owner", ["", "a\0", "a\nb", "a" * 65])
+def test_an_owner_that_a_database_may_not_hold_is_refused(store, owner):
+    with pytest.raises(InputError, match="NAME: must be 1 to 64 characters"):
+        Tokens(store.engine).make(owner)
+    assert Tokens(store.engine).make("a" * 64)[1].owner == "a" * 64
+
+
 def test_a_token_expires(store):
     tokens = Tokens(store.engine)
     secret, _ = tokens.make("ann", seconds=-1)
@@ -227,8 +295,8 @@ def test_no_other_text_is_a_token(store_of_one, text):
         tokens.caller(text)
 
 
-def test_tokens_are_made_while_the_store_is_served(store, tmp_path):
-    with opened_tokens(tmp_path / "store", None) as tokens:
+def test_tokens_are_made_while_the_store_is_served(store, tmp_path, database):
+    with opened_tokens(tmp_path / "store", database) as tokens:
         secret, _ = tokens.make("ann")
     assert Tokens(store.engine).caller(secret).name == "ann"
 
@@ -240,3 +308,12 @@ def test_a_database_that_cannot_be_opened_is_refused_without_its_password(tmp_pa
     with pytest.raises(InputError, match="--database") as refused:
         Store(tmp_path, url)
     assert "secret" not in str(refused.value)
+
+
+def test_a_database_that_was_restarted_is_used_again(tmp_path, postgres):
+    store = Store(tmp_path, postgres.url)
+    search = submit(store)
+    postgres.stop()
+    postgres.start()
+    assert search in store.active()
+    store.close()

@@ -68,7 +68,8 @@ def opened(url: str) -> Engine:
         InputError: If it cannot be opened.
     """
     try:
-        engine = create_engine(url)
+        # Without asking first, a restarted server fails the next request.
+        engine = create_engine(url, pool_pre_ping=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _as_a_server)
         _metadata.create_all(engine)

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from sqlalchemy import Engine, Row, insert, select, update
 
+from search.errors import InputError
 from search.service.database import index_url, opened, tokens
 
 __all__ = ["Caller", "Token", "TokenRefusedError", "Tokens", "opened_tokens"]
 
 _PREFIX = "hawq_"
+_LONGEST_NAME = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,14 @@ class Tokens:
 
         Returns:
             The secret, which is nowhere kept, and what is.
+
+        Raises:
+            InputError: If the owner has no name, or one that a database cannot hold.
         """
+        if not (owner.isprintable() and 1 <= len(owner) <= _LONGEST_NAME):
+            raise InputError(
+                f"NAME: must be 1 to {_LONGEST_NAME} characters that can be printed, got {owner!r}"
+            )
         secret = _PREFIX + secrets.token_urlsafe(32)
         now = time.time()
         expires = None if seconds is None else now + seconds
