@@ -272,14 +272,20 @@ class UnitFile:
     """
 
     def __init__(self, path: Path, inputs: str) -> None:
-        self._path = path
-        self._header = json.dumps({"inputs": inputs})
+        self._path, self._inputs = path, inputs
 
-    def read(self) -> Iterator[tuple[int, UnitSums]]:
-        """Yield the units; a line cut short by a crash is left out."""
+    def read(self, sites: Sequence[str] = ()) -> Iterator[tuple[int, UnitSums]]:
+        """Yield the units; a line cut short by a crash is left out.
+
+        Args:
+            sites: Names of the first groups, which a new file has in its first line for others who
+                read it.
+        """
         lines = self._path.read_text().split("\n") if self._path.exists() else []
-        if not lines or lines[0] != self._header:
-            self._path.write_text(self._header + "\n")
+        # An earlier version's line has no sites: its units are as good.
+        if not lines or not lines[0].startswith(json.dumps({"inputs": self._inputs})[:-1]):
+            header = {"inputs": self._inputs, "sites": list(sites)}
+            self._path.write_text(json.dumps(header) + "\n")
             return
         whole = lines[:-1]
         for line in whole[1:]:
@@ -334,7 +340,7 @@ def estimate_on_workers(
         NonFiniteTraceError: If a loss or trace is NaN or infinite.
     """
     reducer = Reducer(plan)
-    for index, unit in units.read():
+    for index, unit in units.read(plan.names[: plan.num_sites]):
         reducer.add(index, unit)
     shared, smallest = ray.put(plan), plan.batch_size
     results = pool.results("run", {index: (shared, index) for index in reducer.missing})
