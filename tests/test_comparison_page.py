@@ -138,7 +138,7 @@ def test_finalists_of_one_training_have_no_error_of_seeds():
     once = [f.model_copy(update={"by_seed": [f.score]}) for f in document.finalists]
     document = document.model_copy(update={"finalists": once})
     assert comparison_caveats(document, standings(document))[0].startswith(
-        "Finalists were trained with one seed: another would move accuracies too"
+        "Finalists were trained with one seed: another would move accuracy too"
     )
 
 

@@ -131,15 +131,31 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, split: str, *, batch_size: int = 256) -> Tensor:
-    """Score every example of a split, shape (N,), float32, in full precision and eval mode.
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    split: str,
+    *,
+    num_examples: int | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Score the examples of a split, shape (N,), float32, in full precision and eval mode.
 
-    The split's score is their mean.
+    Their mean is the score.
+
+    Args:
+        model: Where it is, there it is scored.
+        task: Gives the examples.
+        split: ``"search"`` or ``"test"``.
+        num_examples: The first ones, whose score need not be a part of the whole split's: mAP is
+            not; None: all.
+        batch_size: Examples at once, at most.
     """
     device = next(model.parameters()).device
+    chosen = torch.arange(task.size(split))[:num_examples]
     scores = []
     with evaluating(model):
-        for indices in torch.arange(task.size(split)).split(at_once(task, split, batch_size)):
+        for indices in chosen.split(at_once(task, split, batch_size)):
             batch = moved(task.batch(split, indices), device)
             scores.append(task.scores(model, batch))
     return pooled_scores(task, scores)

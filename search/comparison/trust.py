@@ -16,7 +16,7 @@ _SEED = 0
 
 
 def agreement_of(document: ComparisonDocument) -> Interval | None:
-    """Return ρ of scores and fine-tuned accuracies, ranked within budgets; None if undefined."""
+    """Return ρ of scores before and after fine-tuning, ranked within budgets; None if undefined."""
     points = document.agreement
     return rank_agreement(
         np.array([point.score for point in points]),

@@ -66,6 +66,6 @@ class ComparisonConfig(Section):
         12,
         ge=0,
         description="Allocations, of all scores, to fine-tune as well: whether scores rank as "
-        "accuracy does. 0: none, and no verdict from scores.",
+        "training does. 0: none, and no verdict from scores.",
     )
     agreement_epochs: Positive = Field(1, description="Epochs of these.")

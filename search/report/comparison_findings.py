@@ -79,8 +79,8 @@ def comparison_caveats(document: ComparisonDocument, found: Sequence[Standing]) 
         )
     if any(len(finalist.by_seed) == 1 for finalist in document.finalists):
         told.append(
-            "Finalists were trained with one seed: another would move accuracies too, and is in "
-            "no error here."
+            f"Finalists were trained with one seed: another would move {document.score_name} too, "
+            "and is in no error here."
         )
     return told
 

@@ -2,7 +2,7 @@
 
 Some allocations are scored and fine-tuned: half of them from anywhere in the decision process, half
 from around the Hessian's solution, which is where good searches end. Where scores rank them
-otherwise than accuracy does, nothing follows from scores.
+otherwise than fine-tuning does, nothing follows from scores.
 """
 
 from collections.abc import Iterator
@@ -113,9 +113,7 @@ def _scored(search: Search, wanted: list[tuple[Tables, Allocation]]) -> list[Eva
 def _unquantized(search: Search) -> torch.Tensor:
     model = search.task.model()
     model.load_state_dict(search.weights)
-    scores = evaluate(model, search.task, "search")
-    num = search.config.searches.examples
-    return scores if num is None else scores[:num]
+    return evaluate(model, search.task, "search", num_examples=search.config.searches.examples)
 
 
 def _points(search: Search) -> list[AgreementPoint]:
