@@ -23,6 +23,7 @@ from search.config import TrialsConfig
 from search.crew import Crew
 from search.errors import InputError
 from search.trials.best import BestSoFar
+from search.trials.metrics import metrics
 from search.trials.running import run_trial
 from search.trials.specification import TrialSpec
 
@@ -96,8 +97,6 @@ def run_together(
 
 def _work(config: Mapping[str, Any]) -> None:
     """Unpack, train with the others, report."""
-    from search.trials.tuning import metrics  # noqa: PLC0415 (which runs this)
-
     torch.set_num_threads(config["threads"])
     spec: TrialSpec = config["spec"]
     device = str(ray.train.torch.get_device())

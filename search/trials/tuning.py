@@ -8,7 +8,7 @@ middle of each epoch; step k is after k − 1 epochs, so step 1 is before any tr
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from search.config import TrialsConfig
 from search.fit import read_progress
 from search.trials.best import BestSoFar
 from search.trials.crews import num_concurrent, run_together
+from search.trials.metrics import description, metrics
 from search.trials.running import read_trial, run_trial, settled
 from search.trials.specification import TrialSpec
 from search.trials.tracking import mlflow_callbacks
 
-__all__ = ["Tuning", "cause", "metrics", "run_trials", "tune_specs"]
+__all__ = ["Tuning", "cause", "run_trials", "tune_specs"]
 
 _POLL_SECONDS = 1.0
 SpecOf = Callable[[Mapping[str, Any]], TrialSpec]
@@ -88,7 +89,7 @@ def run_trials(
             progress = [read_progress(spec.folder) for spec in specs]
             on_progress(sum(p.done for p in progress if p is not None))
 
-        described = [{"index": i} | _description(spec) for i, spec in enumerate(pending)]
+        described = [{"index": i} | description(spec) for i, spec in enumerate(pending)]
         grid = tune_specs(
             task,
             state,
@@ -172,19 +173,6 @@ def tune_specs(
     return tuner.fit()
 
 
-def metrics(spec: TrialSpec, record: EpochRecord) -> dict[str, float]:
-    """Return what Tune is told of an epoch."""
-    recipe = spec.recipe
-    found = {"epoch": record.epoch + 1, "search_score": record.search_score}
-    # Tune counts the reports of one process; TensorBoard's and MLflow's steps go by this instead.
-    found["timesteps_total"] = record.epoch + 1
-    if spec.stored_bits is not None:
-        found["stored_bits"] = spec.stored_bits
-    if record.loss is not None:
-        found |= {"loss": record.loss, "lr": recipe.rate((record.epoch - 0.5) / recipe.epochs)}
-    return found
-
-
 def _trainable(
     config: Mapping[str, Any],
     *,
@@ -214,11 +202,6 @@ def _trainable(
     )
     if trial.epochs:
         tune.report(metrics(spec, trial.epochs[-1]))
-
-
-def _description(spec: TrialSpec) -> dict[str, Any]:
-    """Say what a trial is, for TensorBoard and MLflow."""
-    return {"digest": spec.digest, "seed": spec.seed} | asdict(spec.recipe)
 
 
 @dataclass(frozen=True, slots=True)
