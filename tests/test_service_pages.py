@@ -19,14 +19,18 @@ from search.config import SearchConfig
 from search.events import Event, EventLog
 from search.folder import RunFolder
 from search.pipeline import stages_of
+from search.probes import UnitFile
 from search.report.palette import looks
 from search.service.app import Settings, create_app
-from search.service.pages.live_figures import (
+from search.service.pages.live_searches import learning_curves, read_learned
+from search.service.pages.live_traces import (
+    Units,
     convergence,
-    learning_curves,
-    read_learned,
+    first_look,
+    read_units,
     relative_errors,
 )
+from search.service.pages.live_trials import read_study, study_curve
 from search.service.pages.side_by_side import Found, front_figure, rows
 from search.service.pages.stages import events_of, pace, stage_names, stages_of_run
 from search.service.record import Record
@@ -248,6 +252,16 @@ def test_a_steady_pace_is_found_whatever_it_was_before(rate, num, left):
     assert told.endswith(" left")
 
 
+@given(st.floats(0.01, 50), st.integers(2, 20))
+def test_the_pace_is_of_what_is_counted_now(rate, num):
+    weights = [Event(0.0, "curvature", "progress", done=500, total=500, unit="units")]
+    now = [
+        Event(1 + i / rate, "curvature", "progress", done=i, total=2 * num, unit="units")
+        for i in range(1, num + 1)
+    ]
+    assert pace(weights + now) == pace(now) != ""
+
+
 def test_a_stage_is_running_only_while_its_search_is(tmp_path):
     log = EventLog(tmp_path / "events.jsonl")
     log.emit("model", "finished", "1.0 s")
@@ -278,7 +292,7 @@ def test_traces_settle_round_by_round_upon_the_mean():
     size = np.array([10.0, 1.0, 0.1])[None, :, None, None]
     samples = 8 * size * (1 + 0.1 * np.random.default_rng(0).normal(size=(4, 3, 8, 2)))
     units = units_of(samples)
-    figure = convergence(units[:-1], ["first", "second"])
+    figure = convergence(Units(("first", "second"), units[:-1]))
     expected = np.cumsum(samples.mean(2), 0).mean(1)[:3] / np.arange(1, 4)[:, None] / 8
     for trace in figure.data:
         column = ["first", "second"].index(trace.name)
@@ -290,7 +304,52 @@ def test_traces_settle_round_by_round_upon_the_mean():
 @pytest.mark.parametrize("num", [0, 1, 2, 3])
 def test_traces_of_a_first_round_are_not_drawn(num):
     units = units_of(np.ones((1, 3, 2, 2)))[:num]
-    assert convergence(units, None) is None
+    assert convergence(Units(("first", "second"), units)) is None
+
+
+def test_a_first_look_shows_each_layers_part_of_what_is_back():
+    # Two layers and a channel, which is no layer's peer; the second batch is back first.
+    samples = np.array([[[3.0, 1.0, 9.0]] * 4, [[5.0, 3.0, 9.0]] * 4])
+    units = tuple(UnitSums.of(batch, 8, samples[batch], 2) for batch in (1, 0))
+    names = ("first", "second")
+    assert first_look(Units(names, units[:1]), "layer") is None
+    assert first_look(Units((), units), "layer") is None
+    for again in (units, units + units[:1]):  # a second round has begun
+        [bars] = first_look(Units(names, again), "layer").data
+        assert list(bars.x) == list(names)
+        np.testing.assert_allclose(bars.y, [100 * 8 / 12, 100 * 4 / 12])
+        np.testing.assert_allclose(bars.error_y.array, 0, atol=1e-5)
+
+
+def test_a_first_look_has_the_error_of_its_probes():
+    # Two probes on each of four batches: the first layer's sum is 8 ± 2, the other's 8 exactly.
+    samples = np.array([[1.0, 2.0], [3.0, 2.0]])
+    units = tuple(UnitSums.of(batch, 8, samples, 2) for batch in range(4))
+    [bars] = first_look(Units(("first", "second"), units), "layer").data
+    np.testing.assert_allclose(bars.error_y.array, 100 * 0.5 * 2 / 16)
+
+
+def test_a_file_of_units_tells_the_layers_to_those_who_watch(tmp_path):
+    path = tmp_path / "units.jsonl"
+    file = UnitFile(path, "inputs")
+    assert read_units(path) == Units((), ())
+    assert list(file.read(["first", "second"])) == []
+    assert read_units(path) == Units(("first", "second"), ())
+    for index in (4, 1):
+        file.append(index, UnitSums.of(index, 8, np.ones((2, 2)), 2))
+    with path.open("a") as cut_short:
+        cut_short.write('{"index": 2, "ba')
+    assert [unit.batch for unit in read_units(path).sums] == [1, 4]
+
+
+def test_units_of_an_earlier_version_are_as_good(tmp_path):
+    path, unit = tmp_path / "units.jsonl", UnitSums.of(0, 8, np.ones((2, 2)), 2)
+    file = UnitFile(path, "inputs")
+    assert list(file.read()) == []
+    path.write_text('{"inputs": "inputs"}\n')
+    file.append(3, unit)
+    assert [index for index, _ in file.read(["first"])] == [3]
+    assert first_look(read_units(path), "layer") is None
 
 
 def test_errors_are_those_of_what_is_traced_now():
@@ -315,6 +374,29 @@ def test_a_learning_curve_is_the_best_so_far(tmp_path):
     [(budget, figure)] = learning_curves([learned], looks(["cw-hawq"]), "accuracy").items()
     tried, best = figure.data
     assert (budget, list(tried.y), list(best.y)) == ("4 bits", scores, [0.3, 0.3, 0.5, 0.5])
+
+
+def test_a_study_is_its_trials_and_the_best_that_finished(tmp_path):
+    def write(number, name, text):
+        folder = tmp_path / "study" / f"{number:03}-{'d' * 12}-{'e' * 8}"
+        folder.mkdir(parents=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+    trial = SUMMARY.trials.trials[0]
+    for number, score, status in [(0, 0.5, "finished"), (1, 0.9, "stopped"), (3, 0.4, "finished")]:
+        epochs = [trial.epochs[-1].model_copy(update={"search_score": score})]
+        found = trial.model_copy(update={"epochs": epochs, "status": status})
+        write(number, "result.json", found.model_dump_json(exclude={"seed"}))
+    write(2, "progress.json", '{"done": 1.5, "total": 4, "score": 0.6}')
+    write(4, "progress.json", '{"done": 0.1, "total": 4, "score": null}')
+    tried = read_study(tmp_path)
+    figure = study_curve(tried, None, num_trials=9, name="accuracy")
+    best, finished, others = figure.data
+    assert (list(best.x), list(best.y)) == ([0, 3], [50, 50])
+    assert (list(finished.x), list(finished.y)) == ([0, 3], [50, 40])
+    assert (list(others.x), list(others.y)) == ([1, 2], [90, 60])
+    assert others.text[1] == "trial 2, epoch 1.5 of 4"
+    assert figure.layout.xaxis.range == (-0.5, 8.5)
 
 
 def found_of(sizes_and_scores):

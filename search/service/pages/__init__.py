@@ -5,7 +5,8 @@
     rendering.py   templates to answers
     stages.py      how far each stage is, how fast, and for how long still
     panels.py      the figures of one search: from what its run's folder holds by now
-    live_figures.py  those that only a run under way has
+    live_traces.py, live_searches.py, live_trials.py  those that only a run under way has
+    heat_map.py    the bits of every layer
     side_by_side.py  several searches: a table and a figure
 
 A page loads nothing from anywhere else, and needs no script but for its figures.

@@ -1,7 +1,7 @@
 """The figures of one search, from what its run's folder holds by now."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -14,34 +14,42 @@ from search.artefacts import (
     CandidatesArtefact,
     CurvatureArtefact,
     ModelArtefact,
+    StudyArtefact,
     Summary,
+    TraceArtefact,
 )
 from search.config import SearchConfig
 from search.errors import InputError
+from search.events import Event
 from search.folder import RunFolder
 from search.report.figures import accuracy_by_size, fronts
 from search.report.named_axis import make_room
 from search.report.palette import Look, looks
 from search.report.results import methods
 from search.report.trace_figure import traces
-from search.service.pages.live_figures import (
+from search.service.pages.heat_map import heat_map
+from search.service.pages.live_searches import learning_curves, read_learned
+from search.service.pages.live_traces import (
     convergence,
-    heat_map,
-    learning_curves,
-    read_learned,
-    read_scored,
+    first_look,
     read_units,
     relative_errors,
-    size_and_score,
 )
-from search.service.pages.stages import events_of
+from search.service.pages.live_trials import (
+    read_scored,
+    read_study,
+    size_and_score,
+    study_curve,
+)
+from search.service.pages.stages import events_of, pace
 from search.service.record import SearchFolder
 
 __all__ = ["Drawing", "Panel", "artefact", "drawing"]
 
 _WATCHED = (
-    *("events.jsonl", "curvature.units.jsonl", "curvature.json", "candidates.json"),
-    *("model.json", "summary.json", "trials/*/*.json", "searches/*/evaluations.jsonl"),
+    *("events.jsonl", "model.json", "curvature.json", "candidates.json", "study.json"),
+    *("summary.json", "curvature.units.jsonl", "curvature.activations.units.jsonl"),
+    *("trials/*/*.json", "study/*/*.json", "searches/*/evaluations.jsonl"),
 )
 _KINDS: tuple[Kind, ...] = ("weights", "activations")
 
@@ -118,7 +126,7 @@ def _drawing(path: Path, signature: tuple[tuple[str, int, int], ...]) -> Drawing
             return None
 
     model, found = read("model", ModelArtefact), read("candidates", CandidatesArtefact)
-    curvature = read("curvature", CurvatureArtefact)
+    curvature, study = read("curvature", CurvatureArtefact), read("study", StudyArtefact)
     order = list(methods(found)) if found else []
     look = looks([*order, *(method for method in config.methods if method not in order)])
     score = model.score_name if model else "score"
@@ -126,6 +134,7 @@ def _drawing(path: Path, signature: tuple[tuple[str, int, int], ...]) -> Drawing
         *_scores(run, found, model, score),
         *_bits(found),
         *_learning(run, config, look, score),
+        *_studied(run, config, study, score),
         *_offers(found),
         *_curvature(folder, config, curvature),
     ]
@@ -203,10 +212,28 @@ def _offers(found: CandidatesArtefact | None) -> Iterator[Panel]:
     )
 
 
+def _studied(
+    run: Path, config: SearchConfig, found: StudyArtefact | None, score: str
+) -> Iterator[Panel]:
+    tried = read_study(run)
+    if config.study is None or not tried:
+        return
+    chosen = " The star is the one whose recipe all candidates get." if found else ""
+    yield Panel(
+        "study",
+        "A recipe for all candidates",
+        "A mark is a training with hyper-parameters that the study tried: open while it goes on or "
+        "where it was stopped early, filled when it has finished; the line is the best so "
+        f"far.{chosen}",
+        study_curve(tried, found, num_trials=config.study.trials, name=score),
+    )
+
+
 def _curvature(
     folder: SearchFolder, config: SearchConfig, curvature: CurvatureArtefact | None
 ) -> Iterator[Panel]:
-    errors = relative_errors(events_of(folder.events), config.curvature.rtol)
+    told = [e for e in events_of(folder.events) if e.stage == "curvature"]
+    errors = relative_errors(told, config.curvature.rtol)
     if errors is not None:
         yield Panel(
             "error",
@@ -215,28 +242,70 @@ def _curvature(
             "now: below the tolerance the curvature stops.",
             errors,
         )
-    # Which columns are layers, and which channels, is told by what the stage leaves behind.
-    units = (
-        []
-        if config.by_channel and curvature is None
-        else read_units(folder.run / "curvature.units.jsonl")
-    )
-    settling = convergence(units, curvature.layers if curvature else None)
+    for of in _KINDS:
+        part = curvature if curvature is None or of == "weights" else curvature.activations
+        yield from _traces(folder.run, of, part, told)
+
+
+def _traces(
+    run: Path, of: Kind, found: TraceArtefact | None, told: Sequence[Event]
+) -> Iterator[Panel]:
+    """Show what is known of the traces of one kind: the more, the longer they are estimated."""
+    name, noun = ("", "layer") if of == "weights" else (".activations", "activation tensor")
+    units = read_units(run / f"curvature{name}.units.jsonl")
+    settling = convergence(units)
+    first = None if settling or found else first_look(units, noun)
+    if first is not None:
+        progress = [event for event in told if event.kind == "progress"]
+        yield _sized(
+            Panel(
+                f"first-{of}",
+                f"{of.capitalize()}: a first look",
+                f"Each {noun}’s part of the curvature, from the "
+                f"{_looked(len(units.sums), progress)}. Batches of examples differ: the bars move "
+                "until all have been looked at. Bars are ± one standard error over the random "
+                "probes, where the method draws any.",
+                first,
+            ),
+            units.sites,
+        )
     if settling is not None:
         yield Panel(
-            "settling",
-            "Traces as they settle",
-            "The largest Hessian traces as estimated round by round, ± one standard error over the "
-            "random probes.",
+            f"settling-{of}",
+            f"{of.capitalize()}: traces as they settle",
+            f"The largest Hessian traces of {noun}s as estimated round by round, ± one standard "
+            "error over the random probes.",
             settling,
         )
-    if curvature is not None:
-        figure = traces(curvature)
-        sizes = make_room({"traces": figure}, curvature.layers)
-        yield Panel(
-            "traces",
-            "Hessian traces",
-            "The average trace of each layer: the larger, the more its quantization harms.",
-            figure,
-            sizes["traces"][0],
+    if found is not None:
+        unit = "weight" if of == "weights" else "activation"
+        figure = traces(
+            found,
+            x=f"{noun.capitalize()}, in the network’s order",
+            unit=f"loss / {unit}²",
         )
+        yield _sized(
+            Panel(
+                f"traces-{of}",
+                f"{of.capitalize()}: Hessian traces",
+                f"The average trace of each {noun}: the larger, the more its quantization harms.",
+                figure,
+            ),
+            found.layers,
+        )
+
+
+def _looked(num: int, progress: Sequence[Event]) -> str:
+    """Write how many batches a first look has been at, of how many, and for how long still."""
+    last = progress[-1] if progress else None
+    if last is None or last.unit != "units" or last.total is None or num > last.total:
+        return f"{num} batches that are back"
+    return ", ".join(
+        filter(None, (f"{num} of {last.total:.0f} batches that are back", pace(progress)))
+    )
+
+
+def _sized(panel: Panel, names: Sequence[str]) -> Panel:
+    """Give a panel room for names on its horizontal axis."""
+    sizes = make_room({panel.id: panel.figure}, names)
+    return replace(panel, width=sizes[panel.id][0])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -126,7 +127,7 @@ def pace(progress: Sequence[Event]) -> str:
     last = progress[-1]
     recent = [
         event
-        for event in progress
+        for event in _since_last_beginning(progress)
         if event.unit == last.unit and last.time - event.time <= _WINDOW_SECONDS
     ]
     seconds = last.time - recent[0].time
@@ -140,6 +141,12 @@ def pace(progress: Sequence[Event]) -> str:
     else:
         rate = f"{significant(seconds / gained)} seconds a{_n(unit)} {unit}"
     return f"{rate}, {duration(left)} left"
+
+
+def _since_last_beginning(progress: Sequence[Event]) -> Sequence[Event]:
+    """Return the events since a count began again, as it does with activations after weights."""
+    falls = [i for i, (a, b) in enumerate(pairwise(progress), 1) if (b.done or 0) < (a.done or 0)]
+    return progress[falls[-1] if falls else 0 :]
 
 
 def _n(noun: str) -> str:
