@@ -1,9 +1,10 @@
 """Networks of the papers: size, work, and what one Gauss–Newton probe costs on two cores.
 
-Images are noise, weights random: neither changes what is counted or how long it takes. Sizes are of
-the layers' weights, as the papers count them; RetinaNet's images are photographs' size, 800×1333. A
-probe is one forward and one backward pass through all layers. Every network has a fresh process, so
-that its peak memory is its own.
+Images are noise, and weights random but ResNet20's: neither changes what is counted or how long it
+takes. RetinaNet's images are photographs' size, 800×1333. A probe is one forward and one backward
+pass through all layers. The file is a packed one at the paper's compression, of two neighbouring
+widths; scales of channels, biases and batch-norm stand in it besides, in 32 bits. Every network has
+a fresh process, so that its peak memory is its own; the file is made after that is read.
 
     python -m tests.benchmarks.networks                # all
     python -m tests.benchmarks.networks --only resnet20 --only squeezenext
@@ -11,23 +12,27 @@ that its peak memory is its own.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hawq.cost import FLOAT_BITS, mib
 from hawq.curvature.gauss_newton import gauss_newton_samples
 from hawq.curvature.network import differentiable, weights_of
+from hawq.export import encode, pack
 from hawq.factors import softmax_factor
-from hawq.reads import read_network
+from hawq.finetune import attach
+from hawq.reads import Layer, read_network
 from hawq.task import Factor
 from search.tasks.networks import SmallResNet
 from search.tasks.zoo import ZooNetwork
@@ -35,6 +40,11 @@ from tests.benchmarks.record import ROOT, Row, record
 from tests.pictures import draw_set
 
 _ROUNDS, _THREADS = 3, 2
+_HEAD = (
+    "| network | parameters | MiB in fp32 | weights' MiB at the paper's compression "
+    "| MiB of a packed file | MACs | probe of an image: seconds | CPU-seconds | peak memory |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 
 # Runs the network on a batch; returns its outputs and the factors of its loss.
 Forward = Callable[[], tuple[Tensor, list[Factor]]]
@@ -61,20 +71,22 @@ class Figures:
 
     Attributes:
         parameters: All of them.
-        fp32_mib: Of the weights that can be quantized.
-        compressed_mib: At the paper's compression.
+        layers: Whose weights can be quantized.
+        fp32_mib: Of all parameters.
+        weights_mib: Of the layers' weights alone, in fp32.
+        file_mib: Of the packed file.
         macs: Of one example.
-        layers: How many.
         wall_seconds: Of a probe of one example, the least of the rounds.
         cpu_seconds: Likewise.
-        peak_mib: Of the process.
+        peak_mib: Of the process, for a batch.
     """
 
     parameters: int
-    fp32_mib: float
-    compressed_mib: float
-    macs: int
     layers: int
+    fp32_mib: float
+    weights_mib: float
+    file_mib: float
+    macs: int
     wall_seconds: float
     cpu_seconds: float
     peak_mib: float
@@ -89,23 +101,35 @@ def main() -> None:
     if given.here:
         print(json.dumps(asdict(measured(SUBJECTS[given.here]))))
         return
-    rows = []
-    for name in given.only or SUBJECTS:
+    chosen = given.only or list(SUBJECTS)
+    if "resnet20" in chosen and not _resnet20_weights().is_file():
+        parser.error(f"HAWQ_DATA must be a folder with {_resnet20_weights()}, which is not there")
+    rows, lines = [], list(_HEAD)
+    for name in chosen:
         command = [sys.executable, "-m", "tests.benchmarks.networks", "--here", name]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         found = Figures(**json.loads(done.stdout.splitlines()[-1]))
-        probe = f"{name}, a probe of an image"
-        rows += [
-            Row(name, "", found.layers, "layers"),
-            Row(name, "", found.parameters / 1e6, "M parameters"),
-            Row(name, "", found.fp32_mib, "MiB in fp32"),
-            Row(name, "", found.compressed_mib, f"MiB at {SUBJECTS[name].compression}x"),
-            Row(name, "", found.macs / 1e9, "GMACs"),
-            Row(probe, "", found.wall_seconds, "s wall"),
-            Row(probe, "", found.cpu_seconds, "s CPU"),
-            Row(name, "", found.peak_mib, "MiB at its peak"),
-        ]
+        rows += [Row(name, "", value, unit) for unit, value in asdict(found).items()]
+        lines.append(_line(name, found))
     record("networks", rows)
+    print("\n".join(lines))
+
+
+def _line(name: str, found: Figures) -> str:
+    """Write a row of the table in markdown."""
+    subject = SUBJECTS[name]
+    cells = (
+        name,
+        f"{found.parameters / 1e6:.2f} M",
+        f"{found.fp32_mib:.2f}",
+        f"{found.weights_mib / subject.compression:.2f} ({subject.compression:g}×)",
+        f"{found.file_mib:.2f} ({found.fp32_mib / found.file_mib:.2f}×)",
+        f"{found.macs / 1e9:.3g} G",
+        f"{found.wall_seconds:.2g}",
+        f"{found.cpu_seconds:.2g}",
+        f"{found.peak_mib:,.0f} MiB, {subject.examples} at once",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def measured(subject: Subject) -> Figures:
@@ -123,17 +147,33 @@ def measured(subject: Subject) -> Figures:
             gauss_newton_samples(outputs, factors, weights, [seed])
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - used)
-    fp32 = mib(FLOAT_BITS * sum(layer.num_elements for layer in reads.layers))
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    parameters = sum(p.numel() for p in model.parameters())
+    attach(model, _mixed(reads.layers, subject.compression))
     return Figures(
-        sum(p.numel() for p in model.parameters()),
-        fp32,
-        fp32 / subject.compression,
-        sum(layer.macs for layer in reads.layers),
+        parameters,
         len(names),
+        mib(FLOAT_BITS * parameters),
+        mib(FLOAT_BITS * sum(layer.num_elements for layer in reads.layers)),
+        mib(8 * len(encode(pack(model)))),
+        sum(layer.macs for layer in reads.layers),
         min(wall) / subject.examples,
         min(cpu) / subject.examples,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        peak_mib,
     )
+
+
+def _mixed(layers: Sequence[Layer], compression: float) -> dict[str, int]:
+    """Give every layer the most bits that fit all of them, and what is left to the largest."""
+    total = sum(layer.num_elements for layer in layers)
+    limit = int(FLOAT_BITS * total / compression)
+    bits = {f"w:{layer.name}": limit // total for layer in layers}
+    left = limit - limit // total * total
+    for layer in sorted(layers, key=lambda layer: -layer.num_elements):
+        if layer.num_elements <= left:
+            bits[f"w:{layer.name}"] += 1
+            left -= layer.num_elements
+    return bits
 
 
 def _classifier(model: nn.Module, size: int, num: int) -> tuple[nn.Module, Tensor, Forward]:
@@ -152,7 +192,13 @@ def _published(name: str) -> Callable[[int], tuple[nn.Module, Tensor, Forward]]:
 
 
 def _resnet20(num: int) -> tuple[nn.Module, Tensor, Forward]:
-    return _classifier(SmallResNet(20).eval(), 32, num)
+    model = SmallResNet(20).eval()
+    model.load_state_dict(load_file(_resnet20_weights()))
+    return _classifier(model, 32, num)
+
+
+def _resnet20_weights() -> Path:
+    return Path(os.environ.get("HAWQ_DATA", "")) / "checkpoints" / "resnet20_cifar10.safetensors"
 
 
 def _retinanet(num: int) -> tuple[nn.Module, Tensor, Forward]:
