@@ -1,16 +1,13 @@
 """Attempts as jobs of a real Ray cluster, which this test starts and ends."""
 
-import os
-import shutil
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
+from ray_nodes import Nodes
 
 from search.config import SearchConfig
 from search.service.launcher import Seen, UnreachableError
@@ -29,45 +26,11 @@ NOWHERE = SearchConfig.model_validate(
 )
 
 
-def free_ports(count):
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
-def dashboard():
-    """Address of the dashboard of a cluster of its own, so that nobody else's is met."""
-    gcs, board, client, agent = free_ports(4)
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, for sockets are in it
-    options = [f"--port={gcs}", f"--dashboard-port={board}", f"--ray-client-server-port={client}"]
-    options += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}", "--num-cpus=1"]
-    head = subprocess.Popen(
-        [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    yield f"http://127.0.0.1:{board}"
-    os.killpg(head.pid, signal.SIGTERM)
-    head.wait(60)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def jobs(dashboard):
-    jobs = RayJobs(dashboard, sys.executable)
-    for _ in range(240):
-        try:
-            jobs.seen()
-            return jobs
-        except UnreachableError:
-            time.sleep(0.5)
-    raise AssertionError("the cluster does not answer")
+def jobs():
+    with Nodes() as nodes:
+        nodes.start_head(cpus=1)
+        yield RayJobs(nodes.dashboard, sys.executable)
 
 
 @pytest.fixture
@@ -119,3 +82,26 @@ def test_a_cluster_that_is_away_is_no_answer():
     jobs = RayJobs("http://127.0.0.1:9", sys.executable)
     with pytest.raises(UnreachableError, match="does not answer"):
         jobs.seen()
+
+
+def test_a_cluster_that_is_silent_is_not_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UnreachableError, match="timed out"):
+            RayJobs(address, sys.executable, answer_seconds=0.2).seen()
+
+
+class Refusal(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(401)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_cluster_that_wants_another_token_is_no_answer():
+    with HTTPServer(("127.0.0.1", 0), Refusal) as server:
+        Thread(target=server.handle_request).start()
+        jobs = RayJobs(f"http://127.0.0.1:{server.server_port}", sys.executable)
+        with pytest.raises(UnreachableError, match="Authentication required"):
+            jobs.seen()

@@ -149,7 +149,7 @@ class Desk:
     outlives_service = True
 
     def __init__(self):
-        self.jobs, self.told, self.is_up = {}, [], True
+        self.jobs, self.told, self.is_up, self.is_away = {}, [], True, False
 
     def launch(self, record, folder):
         if not self.is_up:
@@ -161,6 +161,8 @@ class Desk:
         self.told.append(("stop", attempt))
 
     def seen(self):
+        if self.is_away:
+            raise UnreachableError("nobody answers")
         return dict(self.jobs)
 
     def close(self):
@@ -224,6 +226,29 @@ def test_a_search_that_cannot_be_launched_fails_and_says_why(store, desk):
     failed = store.get(search.id)
     assert failed.state == "failed"
     assert failed.reason.startswith("the desk is closed")
+
+
+def test_a_search_whose_cluster_went_away_at_its_launch_waits_for_it(store, desk):
+    search, _ = store.submit(CONFIG, owner="ann", name="n")
+    looking = supervisor(store, desk, limits=Limits(attempts=2, backoff_seconds=0))
+    desk.is_up = False
+    looking.turn()
+    desk.is_away = True
+    for _ in range(8):
+        looking.turn()
+    waiting = store.get(search.id)
+    assert (waiting.state, waiting.reason) == ("queued", "waits for Ray to answer")
+    desk.is_up, desk.is_away = True, False
+    looking.turn()
+    assert (store.get(search.id).state, store.get(search.id).attempt) == ("running", 2)
+
+
+def test_a_search_whose_papers_cannot_be_read_holds_up_no_other(store, desk):
+    first, _ = store.submit(CONFIG, owner="ann", name="first")
+    second, _ = store.submit(CONFIG, owner="ann", name="second")
+    (store.folder(first.id).path / "heartbeat.json").write_text("of another version")
+    supervisor(store, desk, Capacity(searches=2)).turn()
+    assert (store.get(first.id).state, store.get(second.id).state) == ("queued", "running")
 
 
 def test_a_failed_search_shows_the_end_of_its_log(store, desk):

@@ -2,18 +2,12 @@
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections import Counter
 
-import httpx
 import pytest
-import yaml
+from served import TINY, Server, driver, reach, until, without_seconds
 
-from search.config_file import load_config
+from search.config import SearchConfig
 from search.events import Event, read_events
 from search.pipeline import STAGES
 from search.service.client import Client
@@ -21,80 +15,17 @@ from search.service.tokens import opened_tokens
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-TINY = {
-    "task": {
-        "data": "digits",
-        "network": "resnet8",
-        "search_size": 100,
-        "pretrain": {"epochs": 1, "batch_size": 64, "lr": 0.05},
-    },
-    "curvature": {
-        "examples": 64,
-        "batch_size": 8,
-        "pool": None,
-        "estimator": "hutchinson",
-        "max_probes": 8,
-        "stop": "count",
-    },
-    "weights": {"bits": [2, 4, 8]},
-    "budgets": [{"average_bits": 3}],
-    "methods": ["uniform", "exact"],
-    "calibration": {"examples": 32, "choices": 2, "draws": 2, "interactions": 0},
-    "finetune": {"epochs": 1, "batch_size": 64, "examples_per_epoch": 128},
-    "workers": {"count": 1},
-    "trials": {"max_concurrent": 1},
-}
-HAWQ = [sys.executable, "-m", "search.cli"]
-
-
-class Server:
-    """``hawq serve`` in a process of its own."""
-
-    def __init__(self, store, port):
-        self.store, self.port = store, port
-        self.url = f"http://127.0.0.1:{port}"
-
-    def start(self):
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
-        with (self.store / "served.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*HAWQ, "serve", "--store", str(self.store), "--port", str(self.port)],
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
-        for _ in range(600):
-            assert self.process.poll() is None, self.log()
-            try:
-                httpx.get(f"{self.url}/v1/health")
-                return
-            except httpx.TransportError:
-                time.sleep(0.2)
-        raise AssertionError(self.log())
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self):
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(60)
-
-    def log(self):
-        return (self.store / "served.log").read_text()
-
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory, unused_port):
+def story(tmp_path_factory):
     """An undisturbed search, and one that was cancelled, resumed, and lost its service."""
-    folder = tmp_path_factory.mktemp("story")
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-    config = load_config(path)
-    store = folder / "store"
+    config = SearchConfig.model_validate(TINY)
+    store = tmp_path_factory.mktemp("story") / "store"
     with opened_tokens(store, None) as tokens:
         secret, _ = tokens.make("ann")
-    server = Server(store, unused_port)
+    # Ray is to ask for a token, as it does where nobody has turned that off.
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    server = Server(store, environment=environment)
     server.start()
     found = {"store": store, "server": server}
     try:
@@ -118,42 +49,6 @@ def story(tmp_path_factory, unused_port):
             yield found
     finally:
         server.stop()
-
-
-@pytest.fixture(scope="module")
-def unused_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def driver(store, search):
-    return json.loads((store / "searches" / search / "heartbeat.json").read_text())["pid"]
-
-
-def reach(store, search, stage, kind):
-    """Wait until a search's driver has told of something."""
-    for _ in range(3000):
-        events = read_events(store / "searches" / search / "run" / "events.jsonl")
-        if any((event.stage, event.kind) == (stage, kind) for event in events):
-            return
-        time.sleep(0.1)
-    raise AssertionError(events)
-
-
-def until(client, search, state):
-    for _ in range(600):
-        if client.get(search).state == state:
-            return
-        time.sleep(0.1)
-    raise AssertionError(client.get(search))
-
-
-def without_seconds(found):
-    """What does not depend on how fast the machine was."""
-    if isinstance(found, dict):
-        return {k: without_seconds(v) for k, v in found.items() if not k.endswith("seconds")}
-    return [without_seconds(v) for v in found] if isinstance(found, list) else found
 
 
 def run(story, name):

@@ -1,10 +1,13 @@
 """Attempts as jobs of a Ray cluster."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
-from requests import RequestException
+from requests import RequestException, Response
 
 from search.service.launcher import Seen, UnreachableError
 from search.service.reconcile import Job
@@ -29,13 +32,14 @@ class RayJobs:
     Args:
         address: Of the cluster's dashboard, ``http://host:8265``.
         python: Interpreter there.
+        answer_seconds: To wait for an answer of the dashboard.
     """
 
     outlives_service = True
 
-    def __init__(self, address: str, python: str) -> None:
-        self._address, self._python = address, python
-        self._client: JobSubmissionClient | None = None
+    def __init__(self, address: str, python: str, *, answer_seconds: float = 30) -> None:
+        self._address, self._python, self._answer_seconds = address, python, answer_seconds
+        self._client: _Client | None = None
 
     def launch(self, record: Record, folder: SearchFolder) -> None:
         """Start a record's latest attempt; to start one again that runs does nothing.
@@ -43,12 +47,12 @@ class RayJobs:
         Raises:
             UnreachableError: If the cluster does not answer.
         """
+        if record.attempt_id in self.seen():
+            return
         arguments = [self._python, "-m", "search.service.driver"]
         arguments += [str(folder.path), str(record.attempt), "auto"]
-        try:
-            if record.attempt_id in self.seen():
-                return
-            self._asked().submit_job(
+        with self._asked() as ray:
+            ray.submit_job(
                 # In place of the shell, so that the driver's parent is Ray's.
                 entrypoint=f"exec {shlex.join(arguments)}",
                 submission_id=record.attempt_id,
@@ -59,8 +63,6 @@ class RayJobs:
                     "attempt": str(record.attempt),
                 },
             )
-        except (ConnectionError, RequestException, RuntimeError) as error:
-            raise self._away(error) from error
 
     def stop(self, attempt: str) -> None:
         """Ask Ray to stop an attempt; it makes it, a few seconds later.
@@ -71,10 +73,8 @@ class RayJobs:
         seen = self.seen().get(attempt)
         if seen is None or seen.job == "ended":
             return
-        try:
-            self._asked().stop_job(attempt)
-        except (ConnectionError, RequestException, RuntimeError) as error:
-            raise self._away(error) from error
+        with self._asked() as ray:
+            ray.stop_job(attempt)
 
     def seen(self) -> Mapping[str, Seen]:
         """Return what Ray knows of attempts, by their ids.
@@ -82,10 +82,8 @@ class RayJobs:
         Raises:
             UnreachableError: If the cluster does not answer.
         """
-        try:
-            jobs = self._asked().list_jobs()
-        except (ConnectionError, RequestException, RuntimeError) as error:
-            raise self._away(error) from error
+        with self._asked() as ray:
+            jobs = ray.list_jobs()
         return {
             job.submission_id: Seen(_JOBS[job.status], job.message or "")
             for job in jobs
@@ -95,12 +93,25 @@ class RayJobs:
     def close(self) -> None:
         """Leave the jobs to the cluster."""
 
-    def _asked(self) -> JobSubmissionClient:
-        if self._client is None:
-            self._client = JobSubmissionClient(self._address)
-        return self._client
+    @contextmanager
+    def _asked(self) -> Iterator["_Client"]:
+        """Lend a client, a new one after a failure: the cluster may be another by then."""
+        try:
+            if self._client is None:
+                self._client = _Client(self._address, self._answer_seconds)
+            yield self._client
+        except (AuthenticationError, ConnectionError, RequestException, RuntimeError) as error:
+            self._client = None
+            reason = " ".join(str(error).split())[:200]
+            raise UnreachableError(f"Ray does not answer at {self._address}: {reason}") from error
 
-    def _away(self, error: Exception) -> UnreachableError:
-        self._client = None
-        reason = " ".join(str(error).split())[:200]
-        return UnreachableError(f"Ray does not answer at {self._address}: {reason}")
+
+class _Client(JobSubmissionClient):
+    """Waits for an answer, but not for ever, as it would for a head that is cut off."""
+
+    def __init__(self, address: str, answer_seconds: float) -> None:
+        self._answer_seconds = answer_seconds
+        super().__init__(address)
+
+    def _do_request(self, method: str, endpoint: str, **asked: Any) -> Response:
+        return super()._do_request(method, endpoint, timeout=self._answer_seconds, **asked)

@@ -73,6 +73,7 @@ class Supervisor:
         self._limits, self._capacity = limits, capacity
         self._beats: dict[str, tuple[tuple[int, int], float]] = {}
         self._stillborn: dict[str, Seen] = {}
+        self._is_away = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -109,6 +110,9 @@ class Supervisor:
                 _log.warning("search %s: %s", record.id, error)
             except NoSearchError:  # deleted meanwhile
                 continue
+            except ValueError:  # another version wrote its folder; the others go on
+                _log.exception("search %s cannot be looked after", record.id)
+                continue
             if record.state == "queued" and seen.now >= record.not_before:
                 is_full = is_full or not fits
                 running.append(record)
@@ -127,11 +131,16 @@ class Supervisor:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _jobs(self) -> Mapping[str, Seen] | None:
+        """Return what is seen of attempts; None if nothing is, which is logged when it begins."""
         try:
-            return self._launcher.seen()
+            jobs = self._launcher.seen()
         except UnreachableError as error:
-            _log.warning("%s", error)
+            if not self._is_away:
+                _log.warning("%s", error)
+            self._is_away = True
             return None
+        self._is_away = False
+        return jobs
 
     def _observe(self, record: Record, jobs: Mapping[str, Seen] | None, fits: bool) -> Observation:
         folder = self._store.folder(record.id)
@@ -165,6 +174,7 @@ class Supervisor:
             case Stop():
                 self._launcher.stop(record.attempt_id)
             case Retry(reason, failures, not_before):
+                self._stillborn.pop(record.attempt_id, None)
                 self._change(
                     record,
                     state="queued",
@@ -179,6 +189,7 @@ class Supervisor:
                 end = folder.log_end(record.attempt) if state == "failed" else ""
                 self._change(record, state=state, reason=reason, log_end=end)
                 self._beats.pop(record.id, None)
+                self._stillborn.pop(record.attempt_id, None)
                 if state == "failed":
                     self._launcher.stop(record.attempt_id)
             case Wait(reason):

@@ -1,0 +1,133 @@
+"""A Ray cluster of several nodes on this machine, apart from every other one, to be killed."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+from requests import RequestException
+
+__all__ = ["Nodes", "free_ports", "processes_under"]
+
+RAY = str(Path(sys.executable).parent / "ray")
+OPTIONS = ["--block", "--min-worker-port=0", "--max-worker-port=0"]
+OPTIONS += ["--object-store-memory=100000000"]
+
+
+class Nodes:
+    """A head, and nodes that join it; use it as a context manager.
+
+    Args:
+        settings: Of Ray, for the environment of all its processes.
+    """
+
+    def __init__(self, settings=None):
+        # Where many tests run side by side a node takes long to start.
+        patience = {"RAY_raylet_start_wait_time_s": "300"}
+        self.environment = {**os.environ, **patience, **(settings or {})}
+        self.folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, for sockets are in it
+        self.gcs, self.board, self.client = free_ports(3)
+        self.dashboard = f"http://127.0.0.1:{self.board}"
+        self.running = {}
+        self.joined = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for name in list(self.running):
+            self.kill(name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start_head(self, cpus=0):
+        """Start the head, always on the same address, and wait until its dashboard answers."""
+        ports = [f"--port={self.gcs}", f"--dashboard-port={self.board}"]
+        ports.append(f"--ray-client-server-port={self.client}")
+        self._start("head", "--head", f"--num-cpus={cpus}", *ports, temp_dir=self.folder)
+        self._wait(1)
+
+    def join(self, count):
+        """Start nodes of two CPUs, wait for them, and return their names."""
+        names = []
+        for _ in range(count):
+            self.joined += 1
+            names.append(f"node{self.joined}")
+            address = f"--address=127.0.0.1:{self.gcs}"
+            # A folder each: sockets of nodes that start at once would have one name.
+            folder = self.folder / names[-1]
+            place = f'--resources={{"{names[-1]}": 1}}'
+            self._start(names[-1], address, "--num-cpus=2", place, temp_dir=folder)
+        self._wait(1 + count)
+        return names
+
+    def name_of(self, node_id):
+        """Return which node has Ray's id."""
+        (node,) = [node for node in self._alive() if node.node_id == node_id]
+        return next((n for n in self.running if n in node.resources_total), "head")
+
+    def kill(self, name, *, sparing=()):
+        """Kill -9 a node and all that runs on it but ``sparing``."""
+        process = self.running.pop(name)
+        for pid in [process.pid, *processes_under(process.pid)]:
+            if pid not in sparing:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def _start(self, name, *options, temp_dir):
+        (agent,) = free_ports(1)
+        options += (f"--temp-dir={temp_dir}", f"--dashboard-agent-listen-port={agent}")
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [RAY, "start", *OPTIONS, "--node-ip-address=127.0.0.1", *options],
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,
+            )
+
+    def _wait(self, count):
+        for _ in range(1200):
+            for name, process in self.running.items():
+                assert process.poll() is None, (self.folder / f"{name}.log").read_text()
+            if len(self._alive()) >= count:
+                return
+            time.sleep(0.5)
+        raise AssertionError(f"{count} nodes must be alive, got {self._alive()}")
+
+    def _alive(self):
+        with suppress(RayStateApiException, RequestException, ConnectionError):
+            return list_nodes(self.dashboard, filters=[("state", "=", "ALIVE")], timeout=10)
+        return []
+
+
+def free_ports(count):
+    """Return ports of this machine at which nobody listens."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def processes_under(pid):
+    """Return the children of a process, their children, and so on."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # The name, in brackets, may hold anything.
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
