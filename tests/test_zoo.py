@@ -1,10 +1,18 @@
 """Published networks by name: built, prepared for, or refused with the nearest name."""
 
+import hashlib
 import importlib.util
 import json
+import threading
+import zipfile
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import torchvision
+from pytorchcv.models.common import model_store
 from torch import nn
 
 from hawq.reads import read_network
@@ -110,6 +118,106 @@ def test_weights_that_cannot_be_loaded_are_an_error_of_the_users(tmp_path, monke
     ):
         network.build(0)
     assert ZooNetwork(SMALL, pretrained=True).fingerprint != ZooNetwork(SMALL).fingerprint
+
+
+# Weights as the libraries load them, from where these tests put them instead of their sites.
+
+
+def saved(name, path):
+    """Write another network's weights, as torch does; return them."""
+    state = ZooNetwork(name).build(7).state_dict()
+    torch.save(state, path)
+    return state
+
+
+def assert_loaded(network, state):
+    found = network.build(0).state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+@contextmanager
+def published(name, state, folder):
+    """Let torchvision find weights in a file: URL, whose name has the start of the file's hash."""
+    torch.save(state, folder / "weights.pth")
+    digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
+    path = (folder / "weights.pth").rename(folder / f"{name}-{digest[:8]}.pth")
+    weights = torchvision.models.get_model_weights(name).DEFAULT.value
+    before = weights.url
+    object.__setattr__(weights, "url", path.as_uri())  # it is frozen
+    try:
+        yield path
+    finally:
+        object.__setattr__(weights, "url", before)
+
+
+def test_torchvision_loads_its_weights_and_refuses_damaged_ones(tmp_path, monkeypatch):
+    state = ZooNetwork("torchvision:squeezenet1_1").build(7).state_dict()
+    network = ZooNetwork("torchvision:squeezenet1_1", pretrained=True)
+    with published("squeezenet1_1", state, tmp_path) as path:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+        assert_loaded(network, state)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "another"))
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(
+            InputError, match=r"squeezenet1_1, pretrained: must not fail, got .*invalid hash value"
+        ):
+            network.build(0)
+
+
+def test_heads_that_only_trained_a_network_go_once_its_weights_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    with_heads = torchvision.models.googlenet(aux_logits=True, init_weights=False).state_dict()
+    with published("googlenet", with_heads, tmp_path):
+        model = ZooNetwork("torchvision:googlenet", pretrained=True).build(0)
+    expected = {name: value for name, value in with_heads.items() if not name.startswith("aux")}
+    assert model.state_dict().keys() == expected.keys()
+    assert torch.equal(model.fc.weight, expected["fc.weight"])
+    assert isinstance(model.train()(torch.randn(2, 3, 64, 64)), torch.Tensor)
+
+
+@pytest.mark.parametrize("source", ["file", "url"])
+def test_timm_loads_its_weights(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    path = tmp_path / "weights.pth"
+    state = saved("timm:test_resnet", path)
+    overlay = {"file": str(path)} if source == "file" else {"hf_hub_id": None, "url": path.as_uri()}
+    arguments = json.dumps({"pretrained_cfg_overlay": overlay})
+    assert_loaded(ZooNetwork("timm:test_resnet", True, arguments), state)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_pytorchcv_downloads_its_weights(tmp_path, monkeypatch):
+    state = saved(SMALL, tmp_path / "weights.pth")
+    content = (tmp_path / "weights.pth").read_bytes()
+    digest = hashlib.sha1(content).hexdigest()
+    # Its table of weights, with the hash of ours, and its site.
+    rows = model_store.load_csv(model_store.get_model_metainfos_file_path())
+    ((_, count, error, _, *rest),) = [row for row in rows if row[0] == "sqnxt23_w1"]
+    table = tmp_path / "table.csv"
+    row = ["sqnxt23_w1", count, error, digest, "v1", *rest[1:]]
+    table.write_text("\n".join(",".join(cells) for cells in (rows[0], row)))
+    site = tmp_path / "site" / "releases" / "download" / "v1"
+    site.mkdir(parents=True)
+    file = f"sqnxt23_w1-{error}-{digest[:8]}.pth"
+    with zipfile.ZipFile(site / f"{file}.zip", "w") as archive:
+        archive.writestr(file, content)
+    serve = partial(Quiet, directory=str(tmp_path / "site"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(model_store, "model_metainfos_file_name", str(table))
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(model_store, "imgclsmob_repo_url", url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        arguments = json.dumps({"root": str(tmp_path / "store")})
+        assert_loaded(ZooNetwork(SMALL, True, arguments), state)
+        server.shutdown()
+    # Now that it is in the folder nothing is asked of the site.
+    assert_loaded(ZooNetwork(SMALL, True, arguments), state)
 
 
 def test_a_missing_library_says_which_extra_has_it(monkeypatch):

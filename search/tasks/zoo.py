@@ -192,19 +192,26 @@ def _timm_preprocessing(module: Any, name: str) -> Preprocessing:
     )
 
 
+_AUXILIARY = {"inception_v3": ("AuxLogits",), "googlenet": ("aux1", "aux2")}
+
+
 def _torchvision_names(module: Any) -> list[str]:
     names: list[str] = module.list_models(module=module)
     return names
 
 
 def _torchvision_make(module: Any, name: str, pretrained: bool, given: Mapping[str, Any]) -> Any:
-    weights = "DEFAULT" if pretrained else None
-    extra: dict[str, Any] = {}
-    if not pretrained and name in {"inception_v3", "googlenet"}:
-        extra = {"init_weights": True}  # else it warns; slow draws of a truncated normal
-    if name in {"inception_v3", "googlenet"} and not pretrained:
-        extra["aux_logits"] = False
-    return module.get_model(name, weights=weights, **(extra | dict(given)))
+    heads = _AUXILIARY.get(name, ())
+    if not pretrained:
+        # Without init_weights these two warn; they are slow draws of a truncated normal.
+        plain = {"init_weights": True, "aux_logits": False} if heads else {}
+        return module.get_model(name, weights=None, **(plain | dict(given)))
+    made = module.get_model(name, weights="DEFAULT", **given)
+    # Published with their weights, as heads for training from scratch: outputs were several then.
+    for head in heads:
+        made.aux_logits = False
+        setattr(made, head, None)
+    return made
 
 
 def _torchvision_preprocessing(module: Any, name: str) -> Preprocessing:
