@@ -8,10 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from oracles import TinyTask
 from torch import nn
 
 import hawq
 import search
+from hawq.curvature import choose_estimator
+from hawq.factors import softmax_factor
+from hawq.finetune import attach
+from hawq.reads import network_space, read_network
 from hawq.testing import check_task
 from search.config import SearchConfig, TaskConfig
 from search.errors import InputError
@@ -240,6 +245,11 @@ class TwoInputs(nn.Module):
         return image
 
 
+class Keywords(nn.Module):
+    def forward(self, *, image):
+        return image
+
+
 class Pair(Depthwise):
     def forward(self, x):
         return super().forward(x), x
@@ -262,6 +272,7 @@ SHAPE = r"\(2, 3, 8, 8\)"
     ("arguments", "message"),
     [
         ((TwoInputs(), splits()), r"model: forward must take one tensor, got image, mask: wrap"),
+        ((Keywords(), splits()), r"forward must take one tensor, got image: wrap .*task\.factory"),
         ((breaking, splits()), r"model: must not fail, got OSError: no such weights"),
         ((dict, splits()), r"model: must be or return an nn\.Module, got dict"),
         (("resnet", splits()), r"model: must be or return an nn\.Module, got str"),
@@ -271,6 +282,10 @@ SHAPE = r"\(2, 3, 8, 8\)"
         (
             (Depthwise, splits() | {"train": [({"x": torch.zeros(1)}, torch.zeros(1))]}),
             r"batches\['train'\]: inputs must be one tensor, got dict: put them into one",
+        ),
+        (
+            (Depthwise, splits() | {"train": ((torch.zeros(3), torch.zeros(3)), torch.zeros(3))}),
+            r"batches\['train'\]: inputs must be one tensor, got tuple: put them into one",
         ),
         ((Depthwise, splits() | {"train": [1]}), r"must be inputs and targets, .* got int"),
         ((Depthwise, data_with(y=torch.zeros(3))), r"must have one row an example, got 20, 3"),
@@ -295,7 +310,7 @@ SHAPE = r"\(2, 3, 8, 8\)"
             (Pair, splits(), None, squared),
             r"loss of outputs tuple: must not fail, got TypeError",
         ),
-        ((nn.Linear(7, 2), splits()), rf"on inputs of shape {SHAPE}: must not fail"),
+        ((nn.Linear(7, 2), splits()), rf"given one tensor of shape {SHAPE}: must not fail"),
         ((Depthwise, splits(), lambda o, t: o.sum(1) / 0), r"loss: must be finite, got"),
     ],
 )
@@ -303,6 +318,139 @@ SHAPE = r"\(2, 3, 8, 8\)"
 def test_what_does_not_fit_is_refused_by_name(tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):
         given_task(Stored(str(store(given(*arguments), tmp_path))))
+
+
+class Weighed(nn.Module):
+    """A photograph and what a scale said, as their network takes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.weighed = nn.Conv2d(3, 6, 3, 2, 1), nn.Linear(2, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, picture, weights):
+        return self.head(F.relu(self.seen(picture).mean((2, 3)) + self.weighed(weights)))
+
+
+class Apart(nn.Module):
+    """Hands on the parts of one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = Weighed()
+
+    def forward(self, together):
+        picture, weights = together.split((192, 2), 1)
+        return self.network(picture.view(-1, 3, 8, 8), weights)
+
+
+class WeighedTask(TinyTask):
+    """Two tensors an example: a batch has both, and ``inputs`` packs them into one."""
+
+    fingerprint = "weighed"
+
+    def model(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Apart().eval()
+
+    def batch(self, split, indices):
+        x, y = pictures(self.size(split), len(split))
+        weights = torch.stack([y, y % 2], 1).float()
+        return x[indices], weights[indices], y[indices]
+
+    def augment(self, batch, generator):
+        return mirrored(batch[0], generator), *batch[1:]
+
+    def inputs(self, batch):
+        return torch.cat([batch[0].flatten(1), batch[1]], 1)
+
+    def losses(self, model, batch):
+        return F.cross_entropy(model(self.inputs(batch)), batch[2], reduction="none")
+
+    def curvature(self, model, batch):
+        logits = model(self.inputs(batch))
+        return logits, [softmax_factor(logits)]
+
+    def scores(self, model, batch):
+        return (model(self.inputs(batch)).argmax(1) == batch[2]).float()
+
+
+def test_a_network_of_two_tensors_is_searched_by_a_task_that_packs_them():
+    task = build_task(TaskConfig(factory=f"{__name__}:WeighedTask"), seed=0)
+    check_task(task)
+    model, batch = task.model(), task.batch("train", torch.arange(8))
+    reads = read_network(model, task.inputs(batch))
+    layers = ["network.seen", "network.weighed", "network.head"]
+    assert [layer.name for layer in reads.layers] == layers
+    choice = choose_estimator(task, model, layers, batch)
+    assert choice.estimator == "gauss_newton", choice.reason
+    space = network_space(reads, [4], [8])
+    attach(
+        model,
+        dict.fromkeys(space.names[:3], 4) | dict.fromkeys(space.names[3:], 8),
+        task.inputs(batch),
+    )
+    assert len(space) == 6
+    assert torch.isfinite(task.losses(model, batch)).all()
+
+
+class Unbuilt(TinyTask):
+    def model(self):
+        raise OSError("no such weights")
+
+
+class Formless(TinyTask):
+    def model(self):
+        return None
+
+
+class Undivided(TinyTask):
+    def model(self):
+        return TwoInputs()
+
+
+class Bundled(TinyTask):
+    def inputs(self, batch):
+        return {"image": batch[0]}
+
+
+class Boxed(TinyTask):
+    """Its network returns a dict, of which its losses know nothing."""
+
+    def model(self):
+        class Dict(nn.Sequential):
+            def forward(self, x):
+                return {"logits": super().forward(x)}
+
+        return Dict(nn.Flatten(), nn.Linear(50, 4))
+
+
+class Mean(TinyTask):
+    def losses(self, model, batch):
+        return super().losses(model, batch).mean()
+
+
+class Gone(TinyTask):
+    def batch(self, split, indices):
+        raise FileNotFoundError("photographs.npz")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Unbuilt, r"Unbuilt: model: must not fail, got OSError: no such weights"),
+        (Formless, r"Formless: model: must be or return an nn\.Module, got NoneType"),
+        (Undivided, r"model: forward must take one tensor, got image, mask: wrap the network in"),
+        (Bundled, r"inputs must return one tensor, got dict: pack its parts into one"),
+        (Boxed, r"Boxed: losses: must not fail, got TypeError"),
+        (Mean, r"losses must return one value an example, shape \(1,\) for one, got \(\)"),
+        (Gone, r"Gone: batch: must not fail, got FileNotFoundError: photographs\.npz"),
+    ],
+)
+def test_a_task_of_ones_own_that_is_broken_is_refused_by_name(kind, message):
+    with pytest.raises(InputError, match=rf"^task\.factory: .*{message}"):
+        build_task(TaskConfig(factory=f"{__name__}:{kind.__name__}"), seed=0)
 
 
 def test_a_search_size_of_all_examples_is_refused():
@@ -339,6 +487,13 @@ def test_a_wrong_setting_is_named_as_in_a_config(tmp_path):
             settings={"finetune": {"epoch": 1}},
             out=tmp_path,
         )
+
+
+def test_a_script_travels_that_is_there_under_two_names(monkeypatch):
+    # As a script's module is, once multiprocessing has looked at it.
+    monkeypatch.setitem(sys.modules, "__mp_main__", sys.modules[__name__])
+    for _ in range(2):
+        assert b"one_hot" in packed(squared, "loss")
 
 
 def test_code_of_ones_own_travels_and_what_is_installed_goes_by_name(tmp_path):

@@ -12,7 +12,7 @@ from search.config import DetectorConfig, TaskConfig
 from search.errors import InputError
 from search.tasks.classification import ClassificationTask
 from search.tasks.examples import Batches
-from search.tasks.factories import FactoryNetwork, Network, called, imported
+from search.tasks.factories import FactoryNetwork, Network, called, checked_network, imported
 from search.tasks.folded import folded, folding
 from search.tasks.given import Given, Loss, Made, given, given_task
 from search.tasks.imagenet import imagenet_task
@@ -90,6 +90,7 @@ def _plain_task(config: TaskConfig, seed: int) -> Task:
             f"task.factory: {config.factory} must return a Task, got {type(task).__name__} "
             f"without {', '.join(missing)}"
         )
+    _refuse_broken(task, f"task.factory: {config.factory}")
     return task
 
 
@@ -181,6 +182,35 @@ def _given(
     )
 
 
+def _refuse_broken(task: Task, where: str) -> None:
+    """Run an example through a task of the user's, for what fails here fails on every worker.
+
+    Raises:
+        InputError: If a part of it fails, or returns what it must not.
+    """
+    model = checked_network(called(task.model, {}, f"{where}: model"), f"{where}: model")
+    batch = called(lambda: task.batch("train", torch.arange(1)), {}, f"{where}: batch")
+    inputs = called(lambda: task.inputs(batch), {}, f"{where}: inputs")
+    if not isinstance(inputs, Tensor):
+        raise InputError(
+            f"{where}: inputs must return one tensor, got {type(inputs).__name__}: pack its parts "
+            "into one, and wrap the network in a module that takes them apart"
+        )
+    shape = tuple(inputs.shape)
+    with torch.no_grad():
+        called(
+            lambda: model(inputs), {}, f"{where}: the network, given one tensor of shape {shape}"
+        )
+        for name, measure in (("losses", task.losses), ("scores", task.scores)):
+            values = called(lambda m=measure: m(model, batch), {}, f"{where}: {name}")
+            if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != 1:
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise InputError(
+                    f"{where}: {name} must return one value an example, shape (1,) for one, "
+                    f"got {got}; hawq.testing.check_task tells what else is wrong"
+                )
+
+
 def _refuse_misfit(network: Network, images: Tensor, seed: int) -> int:
     """Run a network on two images; return how many classes it tells apart.
 
@@ -190,7 +220,9 @@ def _refuse_misfit(network: Network, images: Tensor, seed: int) -> int:
     model = network.build(seed)
     shape = tuple(images.shape)
     with torch.no_grad():
-        outputs = called(lambda: model(images), {}, f"the network, on images of shape {shape}")
+        outputs = called(
+            lambda: model(images), {}, f"the network, given one tensor of shape {shape}"
+        )
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(

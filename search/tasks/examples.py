@@ -59,7 +59,11 @@ def _named(batches: Batches) -> Batches:
 def _rows(examples: Rows | Iterable[Rows], split: str) -> Rows:
     """Gather one pair of inputs and targets; batches may be several."""
     where = f"batches[{split!r}]"
-    whole = isinstance(examples, tuple) and len(examples) == 2 and isinstance(examples[0], Tensor)
+    whole = (
+        isinstance(examples, tuple)
+        and len(examples) == 2
+        and (isinstance(examples[0], Tensor) or not isinstance(examples[1], tuple | list))
+    )
     pairs: list[Any] = [examples] if whole else list(examples)
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:

@@ -144,17 +144,15 @@ def checked_network(made: object, where: str) -> nn.Module:
     """
     if not isinstance(made, nn.Module):
         raise InputError(f"{where}: must be or return an nn.Module, got {type(made).__name__}")
-    needed = [
-        parameter.name
-        for parameter in inspect.signature(made.forward).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind not in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}
-    ]
-    if len(needed) > 1:
+    try:
+        inspect.signature(made.forward).bind(torch.zeros(0))
+    except TypeError as error:
+        names = ", ".join(inspect.signature(made.forward).parameters) or "none"
         raise InputError(
-            f"{where}: forward must take one tensor, got {', '.join(needed)}: wrap the network in "
-            "a module whose forward takes one and hands on its parts"
-        )
+            f"{where}: forward must take one tensor, got {names}: wrap the network in a module "
+            "whose forward takes one and hands on its parts; a task of your own (task.factory) "
+            "packs them into one, and says how to get the loss"
+        ) from error
     return made.float().cpu().eval()
 
 

@@ -294,7 +294,9 @@ def _refuse_misfits(task: GivenTask, found: Given) -> None:
     model, batch = task.model(), task.batch("train", torch.arange(min(2, task.size("train"))))
     shape = tuple(batch[0].shape)
     with torch.no_grad():
-        outputs = called(lambda: model(batch[0]), {}, f"the network, on inputs of shape {shape}")
+        outputs = called(
+            lambda: model(batch[0]), {}, f"the network, given one tensor of shape {shape}"
+        )
         kind = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         for what, measure in (("loss", task.losses), ("metric", task.scores)):
             values = called(lambda m=measure: m(model, batch), {}, f"{what} of outputs {kind}")

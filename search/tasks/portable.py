@@ -52,7 +52,9 @@ def unpacked(content: bytes) -> Any:
 def _by_value() -> Iterator[None]:
     """Let cloudpickle take the user's modules by value."""
     before = cloudpickle.list_registry_pickle_by_value()
-    own = [m for m in list(sys.modules.values()) if _is_own(m) and m.__name__ not in before]
+    # By name, for a script is there twice: as __main__, and as multiprocessing calls it.
+    found = {m.__name__: m for m in list(sys.modules.values()) if _is_own(m)}
+    own = [module for name, module in found.items() if name not in before]
     for module in own:
         cloudpickle.register_pickle_by_value(module)
     try:
