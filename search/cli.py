@@ -367,8 +367,12 @@ def allocate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run")],
-    method: Annotated[str, typer.Option(help="Whose allocation")],
     out: Annotated[Path, typer.Option(help="File to write")],
+    method: Annotated[str | None, typer.Option(help="Whose allocation")] = None,
+    allocation: Annotated[
+        Path | None,
+        typer.Option(help="Or bits of a file, as hawq import reads them: only quantized"),
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Label of the budget, where there are several")
     ] = None,
@@ -389,12 +393,20 @@ def export(
     ] = False,
 ) -> None:
     """Write a run's network as packed integers, an ONNX graph or a torch program."""
-    from search.export_command import chosen
+    from search.export_command import chosen, given
     from search.export_command import export as export_network
 
     if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
         raise InputError(f"--batch: must be dynamic or a number from 1 on, got {batch!r}")
-    what = chosen(run, method, budget, seed, is_trained=not untrained)
+    if (method is None) == (allocation is None):
+        raise InputError("give either --method, of the run's, or --allocation, a file of bits")
+    if allocation is None:
+        assert method is not None
+        what = chosen(run, method, budget, seed, is_trained=not untrained)
+    elif budget is not None or seed is not None:
+        raise InputError("--budget, --seed: are of the run's methods, got --allocation")
+    else:
+        what = given(run, allocation)
     size = None if batch == "dynamic" else int(batch)
     for line in export_network(what, out, to, batch=size):
         _out.print(Text(line))
@@ -440,6 +452,10 @@ def import_bits(
         list[str] | None, typer.Option(help="KEY=VALUE: what bits by average traces may cost")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the allocation")] = None,
+    pins: Annotated[
+        Path | None,
+        typer.Option(help="YAML file for a config that pins these bits: hawq run fine-tunes them"),
+    ] = None,
     score: Annotated[
         bool, typer.Option("--score", help="Measure it, too, without training: seconds to minutes")
     ] = False,
@@ -447,7 +463,7 @@ def import_bits(
     """Price what another program chose, or traced, by a run's tables."""
     from search.allocate_command import allocation_view
     from search.folder import write_atomically
-    from search.import_command import imported
+    from search.import_command import imported, pinned
 
     found, tables, left_out = imported(file, run, budget or [])
     _out.print(allocation_view(found, tables))
@@ -460,6 +476,9 @@ def import_bits(
     if out is not None:
         write_atomically(out, found.model_dump_json(indent=1))
         _out.print(Text(str(out)), soft_wrap=True)
+    if pins is not None:
+        write_atomically(pins, pinned(run, found))
+        _out.print(Text(f"{pins}. Next: hawq run {pins}"), soft_wrap=True)
 
 
 @app.command()

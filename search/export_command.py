@@ -31,13 +31,15 @@ from search.config_file import load_config
 from search.errors import InputError
 from search.exported import ABOUT, Format, OnnxRun
 from search.folder import RunFolder, write_atomically
+from search.import_command import imported
+from search.imports import is_torch_file
 from search.spaces import fixed_bits, reads_of
 from search.study import with_parameters
 from search.tasks.build import build_task
 from search.tasks.checkpoint import read_state
 from search.trials import TrialSpec, calibration_inputs, quantized_model
 
-__all__ = ["Chosen", "chosen", "export"]
+__all__ = ["Chosen", "chosen", "export", "given"]
 
 _STATISTICS = (4, 64)  # batches, and examples of each, as scores without training have them
 
@@ -103,6 +105,25 @@ def chosen(
         return Chosen(run, candidate, candidate.digests[0], None)
     trial = _trial(run, folder, candidate, seed)
     return Chosen(run, candidate, trial.digest, trial)
+
+
+def given(run: Path, allocation: Path) -> Chosen:
+    """Take the bits of a file, for the network that is only quantized.
+
+    Args:
+        run: Folder of a run that came past its tables.
+        allocation: What ``hawq import`` reads, or ``hawq allocate --out`` wrote.
+
+    Raises:
+        InputError: If the file and the run do not go together.
+    """
+    if is_torch_file(allocation):
+        raise InputError(
+            f"--allocation: must be a file of bits, got average traces, {allocation}: let hawq "
+            "import find bits by them, with --budget and --out"
+        )
+    candidate = imported(allocation, run)[0]
+    return Chosen(run, candidate, candidate.digest, None)
 
 
 def export(

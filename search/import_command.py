@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from search.allocate_command import read_budget, read_tables
 from search.artefacts import Candidate, TablesArtefact
+from search.config import SearchConfig
+from search.config_file import load_config
 from search.errors import InputError
 from search.imports import is_torch_file, priced, read_average_traces, read_bits
 from search.stages.candidates import candidate
 from search.tables import Tables
 
-__all__ = ["imported", "with_average_traces"]
+__all__ = ["imported", "pinned", "with_average_traces"]
 
 
 def imported(
@@ -45,6 +48,37 @@ def imported(
     assert used is not None
     given = read_bits(file, used.space.names)
     return priced(given, used, file.name), used, given.left_out
+
+
+def pinned(run: Path, found: Candidate) -> str:
+    """Write a run's config so that a search of it chooses certain bits: to fine-tune and test them.
+
+    Args:
+        run: The run's folder.
+        found: Who receives how many bits.
+
+    Returns:
+        YAML with a pin for every layer and tensor, and their size as the only budget.
+
+    Raises:
+        InputError: If the bits are of channels.
+    """
+    if found.granularity == "channel":
+        raise InputError(
+            "--pins: must be bits of layers, for a config pins no channels, got bits of channels: "
+            "hawq export --allocation writes such a network"
+        )
+    budget = {
+        "average_bits": found.average_bits,
+        "activation_average_bits": found.activation_average_bits,
+    }
+    raw = load_config(run / "config.yaml").model_dump(mode="json")
+    for section in ("weights", "activations"):
+        pins = {name[2:]: bits for name, bits in found.bits.items() if name[0] == section[0]}
+        raw[section] |= {"pin": pins, "menus": {}, "min_bits": {}}
+    raw |= {"methods": ["exact"], "budgets": [budget], "comparison": None, "study": None}
+    config = SearchConfig.model_validate(raw)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def with_average_traces(tables: Tables, traces: Mapping[str, float]) -> Tables:

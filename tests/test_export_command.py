@@ -21,11 +21,15 @@ from search.artefacts import (
     TrialsArtefact,
 )
 from search.cli import main
+from search.config_file import load_config
 from search.errors import InputError
-from search.export_command import chosen, export
+from search.export_command import chosen, export, given
 from search.exported import network_of, read_exported
 from search.folder import RunFolder
-from search.import_command import imported
+from search.import_command import imported, pinned
+from search.spaces import reads_of, space_of
+from search.stages.candidates import candidate as best_within
+from search.tables import Tables
 from search.tasks.checkpoint import read_state, save_state
 from search.trials import TrialSpec, quantized_model
 from search.trials.running import run_trial
@@ -215,6 +219,78 @@ def test_imported_bits_are_priced_by_the_tables_of_the_run(run, tmp_path, monkey
     assert found["digest"] == own.digest
     assert found["costs"] == own.costs
     assert "predicted" in capsys.readouterr().out
+
+
+def with_first_layer_at(run, tmp_path, bits):
+    """A file of bits that no method of the run chose."""
+    own = chosen(run, "exact", "13.11").candidate.bits
+    path = tmp_path / "bits.json"
+    path.write_text(json.dumps(own | {next(iter(own)): bits}))
+    return path
+
+
+@pytest.mark.parametrize("to", ["packed", "onnx"])
+def test_imported_bits_are_exported_as_the_quantized_network(
+    run, tmp_path, to, monkeypatch, capsys
+):
+    bits = with_first_layer_at(run, tmp_path, 8)
+    path = tmp_path / "file"
+    options = ["--allocation", str(bits), "--format", to, "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["hawq", "export", str(run), *options])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "imported at bits.json, only quantized, not trained" in capsys.readouterr().out
+    file = read_exported(path)
+    what = given(run, bits)
+    assert (file.about["allocation"], file.about["seed"]) == (what.digest, None)
+    if to == "packed":
+        widths = {w.names[0]: set(w.widths.tolist()) for w in file.packed.weights}
+        expected = {f"{n[2:]}.weight": {b} for n, b in what.bits.items() if n[0] == "w"}
+        assert widths == expected
+        assert 8 in set.union(*widths.values())
+
+
+def test_bits_of_hawq_allocate_are_exported_too(run, tmp_path):
+    found, _ = allocate(run, ["average_bits=5", "activation_average_bits=4"], method="channel")
+    (tmp_path / "mine.json").write_text(found.model_dump_json())
+    assert given(run, tmp_path / "mine.json").digest == found.digest
+
+
+def test_a_config_with_pins_lets_a_search_choose_the_imported_bits(run, tmp_path):
+    found, _, _ = imported(with_first_layer_at(run, tmp_path, 8), run)
+    (tmp_path / "pinned.yaml").write_text(pinned(run, found))
+    config = load_config(tmp_path / "pinned.yaml")
+    space = space_of(config, reads_of(config, TASK, TASK.model()), by_channel=False)
+    (budget,) = config.budgets
+    again = best_within("exact", budget, Tables.of(tables(), space))
+    assert again.bits == found.bits
+    assert config.methods == ["exact"]
+
+
+def test_bits_of_channels_are_no_pins(run):
+    with pytest.raises(InputError, match=r"--pins: must be bits of layers.*export --allocation"):
+        pinned(run, chosen(run, "channel", "13.11").candidate)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --method, of the run's, or --allocation, a file of bits"),
+        (["--method", "exact", "--allocation", "x"], "give either --method"),
+        (["--allocation", "x", "--seed", "1"], "--budget, --seed: are of the run's methods"),
+        (["--allocation", "TRACES"], "must be a file of bits, got average traces"),
+    ],
+)
+def test_an_export_of_a_method_or_a_file_is_asked_for(
+    run, tmp_path, options, message, monkeypatch, capsys
+):
+    torch.save(torch.ones(2), tmp_path / "traces")
+    options = [str(tmp_path / "traces") if o == "TRACES" else o for o in options]
+    given = ["export", str(run), "--out", str(tmp_path / "file"), *options]
+    monkeypatch.setattr(sys, "argv", ["hawq", *given])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_average_traces_are_taken_in_the_order_in_which_the_network_runs(run, tmp_path):
