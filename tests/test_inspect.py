@@ -12,7 +12,7 @@ from hawq.reads import network_space, read_network
 from hawq.space import unquantizable_weights
 from search.cli import app
 from search.errors import InputError
-from search.inspect_command import inspected, inspection_view
+from search.inspect_command import _smaller, inspected, inspection_view
 
 SMALL = "pytorchcv:sqnxt23_w1"
 
@@ -92,6 +92,27 @@ def test_a_published_network_is_inspected_on_the_command_line():
     assert done.exit_code == 0, done.output
     assert "MiB in fp32" in done.output
     assert "3×224×224" in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator", "side"),
+    [
+        ("timm:test_resnet", "gauss newton: ", 160),
+        ("timm:test_vit", "corrected gauss newton: ", 160),  # whose size is built in
+    ],
+)
+def test_a_published_network_tells_its_estimator(name, estimator, side):
+    found = inspected(name, estimator=True)
+    assert found.estimator.startswith(estimator)
+    assert found.input_shape == (3, side, side)  # as its library says, whatever was looked at
+
+
+def test_an_estimator_is_found_on_smaller_images_where_a_network_takes_them():
+    images = torch.randn(1, 3, 30, 30)
+    free = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    bound = nn.Sequential(nn.Flatten(), nn.Linear(2700, 2))
+    assert torch.equal(_smaller(free, images), images[..., :10, :10])
+    assert torch.equal(_smaller(bound, images), images)
 
 
 @pytest.mark.parametrize(
