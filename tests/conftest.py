@@ -9,14 +9,14 @@ import torch
 from hypothesis import settings
 
 # Ray reads these when it is imported: nobody else may use the test's cluster, nothing is reported
-# home, a worker that asks for no GPU still sees those of the machine, and what a test waits for does
-# not stand behind everything else on it.
+# home, a worker that asks for no GPU still sees those of the machine, and what a test waits for
+# does not stand behind everything else on it.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
 os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray's own name)
 
 # Results have the same bits for the same number of threads only; tests may run side by side.
 torch.set_num_threads(1)
