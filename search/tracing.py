@@ -120,7 +120,8 @@ def trace_on_cluster(
                 budget_bytes=settings.memory_gib * 2**30,
             )
         micro_batch = min(micro_batch, settings.batch_size)
-        note(f"{micro_batch} examples of {settings.batch_size} at once, within memory_gib")
+        if micro_batch < settings.batch_size:
+            note(f"{micro_batch} of {settings.batch_size} examples at once, within memory_gib")
     count = num_workers(workers.count, workers.cpus, workers.gpus)
     with WorkerPool(
         task,

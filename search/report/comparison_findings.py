@@ -150,6 +150,8 @@ def _passing(found: Sequence[Standing], curves: dict[str, Curve], scale: Scale, 
         return f"No search’s median reaches {level}, the Hessian’s highest."
     first = min(reached, key=lambda method: reached[method])
     when = few(reached[first]) if unit == "evaluations" else significant(reached[first])
+    units = unit.removesuffix("s") if when == "1" else unit
     return (
-        f"The first median to reach {level}, the Hessian’s highest, is {first}’s, at {when} {unit}."
+        f"The first median to reach {level}, the Hessian’s highest, is {first}’s, "
+        f"at {when} {units}."
     )
