@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from search.report.canvas import canvas
 from search.report.palette import Look
+from search.service.pages.count_axis import show_counts
 
 __all__ = ["Learned", "learning_curves", "read_learned"]
 
@@ -56,7 +57,7 @@ def learning_curves(
     for budget in dict.fromkeys(one.budget for one in learned):
         figure = drawn[budget] = canvas("Allocations scored", escape(name))
         figure.update_layout(height=340)
-        figure.update_xaxes(tickformat="d")
+        show_counts(figure, 1, max(len(one.scores) for one in learned if one.budget == budget))
         for one in learned:
             if one.budget == budget:
                 _draw_learned(figure, one, look[one.method])

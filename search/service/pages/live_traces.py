@@ -1,6 +1,7 @@
 """Traces under way: what one look at the batches tells, how estimates settle, how sure they are."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +17,7 @@ from search.report.canvas import FAINT, LABEL, canvas, make_logarithmic
 from search.report.named_axis import show_names
 from search.report.palette import Look, looks
 from search.report.quantities import significant
+from search.service.pages.count_axis import show_counts
 
 __all__ = ["Units", "convergence", "first_look", "read_units", "relative_errors"]
 
@@ -75,7 +77,7 @@ def first_look(units: Units, noun: str) -> go.Figure | None:
     total = float(found.trace[sites].sum()) or 1.0
     shares, errors = 100 * found.trace[sites] / total, 100 * found.share_probe_error[sites]
     names = [escape(name) for name in units.sites]
-    figure = canvas(f"{noun.capitalize()}, in the network's order", "Share of all traces (%)")
+    figure = canvas(f"{noun.capitalize()}, in order", "Share of all traces (%)")
     figure.add_bar(
         x=names,
         y=shares.tolist(),
@@ -163,12 +165,12 @@ def relative_errors(events: Sequence[Event], rtol: float) -> go.Figure | None:
         rtol: What it is to come below.
     """
     known = [
-        (event.done, event.measures["relative_error"])
+        (event.done or 0.0, event.measures["relative_error"])
         for event in events
         if event.stage == "curvature" and event.measures and "relative_error" in event.measures
     ]
     # Activations come after the weights, and begin again.
-    begins = [i for i in range(1, len(known)) if (known[i][0] or 0) < (known[i - 1][0] or 0)]
+    begins = [i for i in range(1, len(known)) if known[i][0] < known[i - 1][0]]
     pairs = [(done, error) for done, error in known[max(begins, default=0) :] if error > 0]
     if len(pairs) < 2:
         return None
@@ -181,13 +183,19 @@ def relative_errors(events: Sequence[Event], rtol: float) -> go.Figure | None:
         marker={"size": 5},
         hovertemplate="%{y:.3~g} after %{x}<extra></extra>",
     )
-    figure.add_hline(
-        y=rtol,
-        line={"color": FAINT, "width": 1, "dash": "dot"},
-        annotation={"text": f"tolerance {rtol:g}", "font": LABEL},
-        annotation_position="bottom left",
-    )
+    figure.add_hline(y=rtol, line={"color": FAINT, "width": 1, "dash": "dot"})
     errors = [error for _, error in pairs]
     make_logarithmic(figure, min(rtol, *errors) / 1.6, 1.3 * max(rtol, *errors))
+    figure.add_annotation(
+        text=f"tolerance {rtol:g}",
+        font=LABEL,
+        x=0,
+        xref="x domain",
+        xanchor="left",
+        y=math.log10(rtol),  # a line of a logarithmic axis is placed by its value, a text is not
+        yanchor="top",
+        showarrow=False,
+    )
+    show_counts(figure, min(done for done, _ in pairs), max(done for done, _ in pairs))
     figure.update_layout(height=340)
     return figure

@@ -15,6 +15,7 @@ from search.report.canvas import FAINT, LABEL, canvas
 from search.report.palette import looks
 from search.report.quantities import mib
 from search.report.results import methods
+from search.service.pages.count_axis import show_counts
 
 __all__ = ["Scored", "read_scored", "read_study", "size_and_score", "study_curve"]
 
@@ -135,7 +136,7 @@ def study_curve(
     if found and found.chosen in tried:
         chosen = {found.chosen: tried[found.chosen]}
         figure.add_trace(_marks(chosen, told, {"color": _CHOSEN, "symbol": "star", "size": 15}))
-    figure.update_xaxes(range=[-0.5, max(num_trials, *tried, 1) - 0.5], tickformat="d")
+    show_counts(figure, 0, max(num_trials - 1, *tried))
     figure.update_layout(height=340)
     return figure
 

@@ -30,6 +30,7 @@ from search.report.trace_figure import traces
 from search.service.pages.heat_map import heat_map
 from search.service.pages.live_searches import learning_curves, read_learned
 from search.service.pages.live_traces import (
+    Units,
     convergence,
     first_look,
     read_units,
@@ -46,9 +47,13 @@ from search.service.record import SearchFolder
 
 __all__ = ["Drawing", "Panel", "artefact", "drawing"]
 
+_UNITS: Mapping[Kind, str] = {
+    "weights": "curvature.units.jsonl",
+    "activations": "curvature.activations.units.jsonl",
+}
 _WATCHED = (
     *("events.jsonl", "model.json", "curvature.json", "candidates.json", "study.json"),
-    *("summary.json", "curvature.units.jsonl", "curvature.activations.units.jsonl"),
+    *("summary.json", *_UNITS.values()),
     *("trials/*/*.json", "study/*/*.json", "searches/*/evaluations.jsonl"),
 )
 _KINDS: tuple[Kind, ...] = ("weights", "activations")
@@ -233,6 +238,11 @@ def _curvature(
     folder: SearchFolder, config: SearchConfig, curvature: CurvatureArtefact | None
 ) -> Iterator[Panel]:
     told = [e for e in events_of(folder.events) if e.stage == "curvature"]
+    units = {of: read_units(folder.run / name) for of, name in _UNITS.items()}
+    now: Kind = "activations" if units["activations"].sums else "weights"
+    for of in _KINDS:
+        part = curvature if curvature is None or of == "weights" else curvature.activations
+        yield from _traces(of, units[of], part, told if of == now else ())
     errors = relative_errors(told, config.curvature.rtol)
     if errors is not None:
         yield Panel(
@@ -242,17 +252,13 @@ def _curvature(
             "now: below the tolerance the curvature stops.",
             errors,
         )
-    for of in _KINDS:
-        part = curvature if curvature is None or of == "weights" else curvature.activations
-        yield from _traces(folder.run, of, part, told)
 
 
 def _traces(
-    run: Path, of: Kind, found: TraceArtefact | None, told: Sequence[Event]
+    of: Kind, units: Units, found: TraceArtefact | None, told: Sequence[Event]
 ) -> Iterator[Panel]:
     """Show what is known of the traces of one kind: the more, the longer they are estimated."""
-    name, noun = ("", "layer") if of == "weights" else (".activations", "activation tensor")
-    units = read_units(run / f"curvature{name}.units.jsonl")
+    noun = "layer" if of == "weights" else "activation tensor"
     settling = convergence(units)
     first = None if settling or found else first_look(units, noun)
     if first is not None:
@@ -261,10 +267,9 @@ def _traces(
             Panel(
                 f"first-{of}",
                 f"{of.capitalize()}: a first look",
-                f"Each {noun}’s part of the curvature, from the "
-                f"{_looked(len(units.sums), progress)}. Batches of examples differ: the bars move "
-                "until all have been looked at. Bars are ± one standard error over the random "
-                "probes, where the method draws any.",
+                f"Each {noun}’s part of the curvature, from {_looked(units, progress)}. Batches "
+                "differ: shares move until all are back. Bars are ± one standard error over the "
+                "random probes, where the method draws any.",
                 first,
             ),
             units.sites,
@@ -281,7 +286,7 @@ def _traces(
         unit = "weight" if of == "weights" else "activation"
         figure = traces(
             found,
-            x=f"{noun.capitalize()}, in the network’s order",
+            x=f"{noun.capitalize()}, in order",
             unit=f"loss / {unit}²",
         )
         yield _sized(
@@ -295,14 +300,16 @@ def _traces(
         )
 
 
-def _looked(num: int, progress: Sequence[Event]) -> str:
-    """Write how many batches a first look has been at, of how many, and for how long still."""
+def _looked(units: Units, progress: Sequence[Event]) -> str:
+    """Write which batches a first look has been at, of how many, and for how long still."""
+    num = len({unit.batch for unit in units.sums})
     last = progress[-1] if progress else None
-    if last is None or last.unit != "units" or last.total is None or num > last.total:
-        return f"{num} batches that are back"
-    return ", ".join(
-        filter(None, (f"{num} of {last.total:.0f} batches that are back", pace(progress)))
-    )
+    if last is None or last.unit != "units" or last.total is None:
+        return f"{num} batches of examples that are back"
+    if last.measures:  # there is an estimate, which there is not before every batch is back
+        return f"one look at each of {num} batches of examples"
+    told = f"{num} of {last.total:.0f} batches of examples that are back"
+    return ", ".join(filter(None, (told, pace(progress))))
 
 
 def _sized(panel: Panel, names: Sequence[str]) -> Panel:
