@@ -18,7 +18,7 @@ check: .venv/ready ## Formatting, lints and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: bench-search bench-allocate bench-finetune bench-scaling bench-convergence bench-curvature bench-agents bench-networks ## All benchmarks; each writes build/bench/NAME.json.
+bench: bench-search bench-allocate bench-finetune bench-scaling bench-convergence bench-curvature bench-agents bench-networks bench-service ## All benchmarks; each writes build/bench/NAME.json.
 
 bench-%: .venv/ready ## One of tests/benchmarks/.
 	$(BIN)/python -m tests.benchmarks.$*

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from search.errors import InputError
-from search.events import EventLog
+from search.events import Event, EventLog
 from search.service.app import Settings, create_app
 from search.service.client import Client
 from search.service.guard import Rate
 from search.service.policy import Policy, PolicyError
-from search.service.record import Outcome
+from search.service.record import Heartbeat, Outcome
 from search.service.store import Store
 from search.service.tokens import Tokens
 
@@ -139,6 +139,35 @@ def test_nobody_enters_without_a_good_token(service, method, path, who):
     answer = service.ask(method, path.format("a" * 12), who)
     refused(answer, 401)
     assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+def test_a_token_that_another_process_revokes_is_soon_no_good(service):
+    secret, token = Tokens(service.store.engine).make("ann")
+    assert service.ask("GET", "/v1/me", secret).status_code == 200
+    Tokens(service.store.engine).revoke(token.id)
+    time.sleep(1.1)
+    refused(service.ask("GET", "/v1/me", secret), 401)
+
+
+def test_what_a_driver_told_last_is_shown_at_once(service):
+    search = service.submit()
+    folder = service.store.folder(search)
+    service.store.change(search, lambda r: r.model_copy(update={"state": "running", "attempt": 1}))
+    seen = []
+    for beat, (attempt, stage) in enumerate([(1, "model"), (1, "curvature"), (2, "tables")]):
+        event = Event(time.time(), stage, "started")
+        folder.write(
+            Heartbeat(attempt=attempt, beat=beat, stages=0, host="here", pid=1, latest=event)
+        )
+        [listed] = [
+            one
+            for one in service.ask("GET", "/v1/searches").json()["searches"]
+            if one["id"] == search
+        ]
+        assert listed == service.ask("GET", f"/v1/searches/{search}").json()
+        seen.append(listed["latest"] and listed["latest"]["stage"])
+    assert seen == ["model", "curvature", None]  # of an attempt that is not the latest, nothing
+    service.end(search)
 
 
 def test_a_token_in_another_scheme_is_no_token(service):

@@ -20,7 +20,6 @@ from search.events import Event, EventLog
 from search.folder import RunFolder
 from search.pipeline import stages_of
 from search.probes import UnitFile
-from search.probes import UnitFile
 from search.report.palette import looks
 from search.service.app import Settings, create_app
 from search.service.pages.live_searches import learning_curves, read_learned
@@ -251,16 +250,6 @@ def test_a_steady_pace_is_found_whatever_it_was_before(rate, num, left):
     amount = float(told.split()[0].replace(",", "").replace("−", "-"))
     assert amount == pytest.approx(rate if " a second" in told else 1 / rate, rel=0.01)
     assert told.endswith(" left")
-
-
-@given(st.floats(0.01, 50), st.integers(2, 20))
-def test_the_pace_is_of_what_is_counted_now(rate, num):
-    weights = [Event(0.0, "curvature", "progress", done=500, total=500, unit="units")]
-    now = [
-        Event(1 + i / rate, "curvature", "progress", done=i, total=2 * num, unit="units")
-        for i in range(1, num + 1)
-    ]
-    assert pace(weights + now) == pace(now) != ""
 
 
 @given(st.floats(0.01, 50), st.integers(2, 20))

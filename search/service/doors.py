@@ -55,7 +55,8 @@ class Doors:
         return record
 
 
-def _doors(request: Request) -> Doors:
+# Not a function for a thread of its own: it waits for nothing.
+async def _doors(request: Request) -> Doors:
     found: Doors = request.app.state.doors
     return found
 

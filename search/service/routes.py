@@ -40,30 +40,38 @@ _SANDBOX = {
 
 router = APIRouter(prefix="/v1")
 
-
 _bearer = HTTPBearer(auto_error=False, description="A token, made by hawq token make.")
 
 
-def _searches(inside: Inside) -> Store:
+# What waits for nothing is asynchronous, and what follows from it at once is one function: a
+# function that may wait has a thread to itself, which costs more than most of what is done there.
+async def _searches(inside: Inside) -> Store:
     return inside.store
 
 
 Searches = Annotated[Store, Depends(_searches)]
 
 
-def _caller(
-    inside: Inside, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-) -> Caller:
-    return inside.caller(given.credentials if given else None)
+async def _secret(
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> str | None:
+    return given.credentials if given else None
+
+
+Secret = Annotated[str | None, Depends(_secret)]
+
+
+def _caller(inside: Inside, secret: Secret) -> Caller:
+    return inside.caller(secret)
 
 
 Asking = Annotated[Caller, Depends(_caller)]
 
 
 def _owned(
-    search: Annotated[str, InPath(description="A search's id.")], inside: Inside, asking: Asking
+    search: Annotated[str, InPath(description="A search's id.")], inside: Inside, secret: Secret
 ) -> Record:
-    return inside.owned(search, asking)
+    return inside.owned(search, inside.caller(secret))
 
 
 Owned = Annotated[Record, Depends(_owned)]

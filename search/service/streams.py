@@ -41,8 +41,7 @@ async def follow(path: Path, offset: int, has_ended: Callable[[], bool]) -> Asyn
     """Yield what is in a file after so many bytes, and what is added until all has ended."""
     while True:
         # Asked before the file is read: then nothing that was written before the end is missed.
-        ended = await asyncio.to_thread(has_ended)
-        chunk = await asyncio.to_thread(_read, path, offset)
+        ended, chunk = await asyncio.to_thread(lambda at: (has_ended(), _read(path, at)), offset)
         if chunk:
             offset += len(chunk)
             yield chunk
@@ -54,8 +53,10 @@ async def follow(path: Path, offset: int, has_ended: Callable[[], bool]) -> Asyn
 
 async def follow_events(
     path: Path, offset: int, end: Callable[[], str | None]
-) -> AsyncIterator[ServerSentEvent]:
-    """Yield a run's events as they come, each with its place in the file as its id.
+) -> AsyncIterator[bytes]:
+    """Yield a run's events as they come, as messages, each with its place in the file as its id.
+
+    Those that are there at once are sent at once: most of what a message costs is its sending.
 
     Args:
         path: Of ``events.jsonl``.
@@ -63,17 +64,21 @@ async def follow_events(
         end: Returns what to say at the end; None while there is more to come.
     """
     while True:
-        last = await asyncio.to_thread(end)
-        lines = await asyncio.to_thread(whole_lines, path, offset)
-        for offset, line in lines:  # noqa: PLR1704 (it goes on from the last line)
-            if _is_json(line):
-                yield ServerSentEvent(data=line.decode(), id=str(offset))
+        last, lines = await asyncio.to_thread(lambda at: (end(), whole_lines(path, at)), offset)
+        messages = [
+            ServerSentEvent(data=line.decode(), id=str(at)).encode()
+            for at, line in lines
+            if _is_json(line)
+        ]
+        if messages:
+            yield b"".join(messages)
         if lines:
-            continue
-        if last is not None:
-            yield ServerSentEvent(data=last, event="end")
+            offset = lines[-1][0]
+        elif last is not None:
+            yield ServerSentEvent(data=last, event="end").encode()
             return
-        await asyncio.sleep(_LOOK_SECONDS)
+        else:
+            await asyncio.sleep(_LOOK_SECONDS)
 
 
 def _read(path: Path, offset: int) -> bytes:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from search.events import Event
-from search.service.record import Record, SearchFolder, State
+from search.service.record import Heartbeat, Record, SearchFolder, State
 from search.service.store import NoSearchError, Page, Store
 
 __all__ = [
@@ -43,6 +44,9 @@ class SearchView(_View):
     latest: Event | None = Field(description="What its driver told last.")
 
 
+_OF_RECORD = tuple(name for name in SearchView.model_fields if name in Record.model_fields)
+
+
 class SearchPage(_View):
     """Some searches, the latest first."""
 
@@ -73,9 +77,29 @@ class Health(_View):
 
 def view(store: Store, record: Record) -> SearchView:
     """Show a search."""
-    heartbeat = store.folder(record.id).heartbeat()
-    latest = heartbeat.latest if heartbeat and heartbeat.attempt == record.attempt else None
-    return SearchView.model_validate(record.model_dump() | {"latest": latest})
+    told = {name: getattr(record, name) for name in _OF_RECORD}
+    # Both were checked when they were read: a list has hundreds of them.
+    return SearchView.model_construct(**told, latest=_latest(store.folder(record.id), record))
+
+
+def _latest(folder: SearchFolder, record: Record) -> Event | None:
+    """Return what the driver of the latest attempt told last."""
+    if not record.attempt:
+        return None
+    path = folder.path / "heartbeat.json"
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    heartbeat = _heartbeat(folder.path, status.st_ino, status.st_mtime_ns)
+    return heartbeat.latest if heartbeat and heartbeat.attempt == record.attempt else None
+
+
+@lru_cache(maxsize=4096)
+def _heartbeat(path: Path, inode: int, modified: int) -> Heartbeat | None:
+    """Read a heartbeat, once for all who ask; a new one is another file."""
+    del inode, modified  # they are there for the cache alone
+    return SearchFolder(path).heartbeat()
 
 
 def page_view(store: Store, page: Page) -> SearchPage:
