@@ -180,8 +180,8 @@ def _speed_lines(speed: Speed) -> Iterator[str]:
         return
     yield (
         f"{speed.num_float} of {layers} layers compute with floats: their integers are widened "
-        "first, and rounding is work on top. There are kernels for 8-bit weights alone, and only "
-        "where nothing but an activation lies between a layer and the next rounding: "
+        "first, and rounding is work on top. There are kernels for 8-bit weights that read 8 bits, "
+        "and only where nothing but ReLU lies between a layer and the next rounding to 8 bits: "
         "task.fold_batch_norm: true takes batch-norm away."
     )
 

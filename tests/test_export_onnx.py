@@ -12,7 +12,7 @@ from torch import nn
 from hawq.export import load, pack
 from hawq.export.onnx_graph import INPUT, onnx_graph
 from hawq.export.program import torch_program
-from hawq.finetune import attach, calibrate
+from hawq.finetune import attach, calibrate, fold_batch_norm
 from hawq.quantizers import Scheme, Schemes
 from search.exported import onnx_session
 
@@ -104,6 +104,45 @@ def test_weights_are_held_in_the_nearest_type(bits, symmetric, kind):
     assert held["network.stem.weight.integers"] == TensorProto.DataType.Value(kind)
     assert "network.stem.weight" not in held
     assert any(f"held in {kind.lower()}" in note for note in graph.notes)
+
+
+def test_products_of_few_bits_come_with_what_the_runtime_must_be_told():
+    def told(bits):
+        notes = onnx_graph(pack(quantized(bits)), heads(), IMAGES[:2]).notes
+        return any("session.qdq_matmulnbits_accuracy_level = 1" in note for note in notes)
+
+    assert told(4)
+    assert not told(5)
+
+
+def normalized(*, is_folded) -> nn.Module:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+        layers += [nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.Conv2d(8, 4, 1))
+        model.train()(IMAGES)  # which gives batch-norm something to fold
+    return fold_batch_norm(model.eval(), IMAGES) if is_folded else model.eval()
+
+
+@pytest.mark.parametrize(
+    ("is_folded", "bits", "num_integer"), [(True, 8, 2), (True, 4, 0), (False, 8, 0)]
+)
+def test_without_batch_norm_layers_of_8_bits_compute_with_integers(
+    tmp_path, is_folded, bits, num_integer
+):
+    model = normalized(is_folded=is_folded)
+    attach(
+        model, {f"w:{i}": bits for i in (0, 3, 6)} | {f"a:{i}#0": bits for i in (0, 3, 6)}, IMAGES
+    )
+    calibrate(model, [IMAGES])
+    graph = onnx_graph(pack(model), normalized(is_folded=is_folded), IMAGES[:2])
+    session = onnx_session(graph.model.SerializeToString(), 1, tmp_path / "optimized.onnx")
+    (found,) = session.run(None, {INPUT: IMAGES.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(IMAGES), rtol=0, atol=1e-5)
+    operators = [node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
+    assert operators.count("QLinearConv") == num_integer
 
 
 def test_what_onnx_lacks_is_named_with_what_is_used_instead():
