@@ -3,11 +3,12 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray.job_config import JobConfig
 
 from search.errors import InputError
 
@@ -17,12 +18,15 @@ _REACH_SECONDS = 5.0
 
 
 @contextmanager
-def connected(address: str | None, *, dashboard: bool) -> Iterator[str]:
+def connected(
+    address: str | None, *, dashboard: bool, about: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Join a cluster, or start Ray on this machine; leave it afterwards.
 
     Args:
         address: ``host:port``, ``ray://host:port``, ``auto``, or None for this machine.
         dashboard: Whether a local Ray gets the dashboard.
+        about: What is done there, for those who watch the cluster's jobs: names to values.
 
     Yields:
         Where to watch, in words.
@@ -51,6 +55,7 @@ def connected(address: str | None, *, dashboard: bool) -> Iterator[str]:
             include_dashboard=dashboard if address is None else None,
             log_to_driver=False,
             logging_level=logging.WARNING,
+            job_config=JobConfig(metadata=dict(about or {})),
         )
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise InputError(

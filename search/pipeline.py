@@ -212,7 +212,9 @@ def _under_way(
 
         @cache
         def cluster() -> None:
-            where = connected(config.ray.address, dashboard=config.ray.dashboard)
+            where = connected(
+                config.ray.address, dashboard=config.ray.dashboard, about={"run": str(out)}
+            )
             search.events.emit("run", "note", stack.enter_context(where))
 
         yield search, cluster

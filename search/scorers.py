@@ -57,10 +57,12 @@ def scored(evaluate: Evaluate, runners: int, cpus: float, gpus: float) -> Iterat
     remote = RemoteScorer.options(num_cpus=cpus, num_gpus=gpus)
     scorers: list[Any] = [remote.remote(evaluate, cpus) for _ in range(runners)]  # handles
 
+    def asked_of(scorer: Any, allocation: Allocation) -> Any:
+        return scorer.score.options(name="search:score").remote(allocation)
+
     def score(allocations: Sequence[Allocation]) -> list[Evaluation]:
         asked = [
-            scorers[i % runners].score.remote(allocation)
-            for i, allocation in enumerate(allocations)
+            asked_of(scorers[i % runners], allocation) for i, allocation in enumerate(allocations)
         ]
         found: list[Evaluation] = []
         for i, (allocation, one) in enumerate(zip(allocations, asked, strict=True)):
@@ -68,7 +70,7 @@ def scored(evaluate: Evaluate, runners: int, cpus: float, gpus: float) -> Iterat
                 found.append(ray.get(one))
             except RayActorError:  # it died once too often, or is being restarted: replace it
                 scorers[i % runners] = remote.remote(evaluate, cpus)
-                found.append(ray.get(scorers[i % runners].score.remote(allocation)))
+                found.append(ray.get(asked_of(scorers[i % runners], allocation)))
         return found
 
     try:

@@ -48,7 +48,7 @@ PAGES += ["/searches/{}/log", "/searches/{}/files/summary.json"]
 SUMMARY = make_summary()
 COMPARED = {"methods": ["exact", "tpe"], "comparison": {}}
 ACTIONS = ["cancel", "resume", "delete"]
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 
 
 def write_run(folder, *, is_finished):

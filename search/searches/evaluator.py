@@ -136,6 +136,8 @@ class Retried:
     def _elsewhere(self, allocation: Allocation) -> Evaluation:
         if not ray.is_initialized():  # a search without a cluster has nowhere else
             return self.evaluate(allocation)
-        remote = evaluated.options(num_cpus=self.cpus, num_gpus=self.gpus)
+        remote = evaluated.options(
+            name="search:score again", num_cpus=self.cpus, num_gpus=self.gpus
+        )
         found: Evaluation = ray.get(remote.remote(self.evaluate, allocation, self.cpus))
         return found

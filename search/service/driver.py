@@ -110,7 +110,7 @@ def drive(folder: SearchFolder, attempt: int, address: str) -> None:
     with _Heart(folder, attempt) as heart, _alone(folder), LiveView(Console(width=120)) as view:
         # Connected here, so that a cluster that is gone is an accident, and no mistake of the
         # config's.
-        with connected(address, dashboard=False):
+        with connected(address, dashboard=False, about=record.labels):
             listeners: list[Listener] = [view, heart, Telemetry(record.name, attempt)]
             try:
                 run(config, folder.run, name=record.name, listeners=listeners)

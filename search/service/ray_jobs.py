@@ -56,12 +56,7 @@ class RayJobs:
                 # In place of the shell, so that the driver's parent is Ray's.
                 entrypoint=f"exec {shlex.join(arguments)}",
                 submission_id=record.attempt_id,
-                metadata={
-                    "search": record.name,
-                    "id": record.id,
-                    "owner": record.owner,
-                    "attempt": str(record.attempt),
-                },
+                metadata=record.labels,
             )
 
     def stop(self, attempt: str) -> None:

@@ -93,6 +93,16 @@ class Record(_Document):
         return self.model_copy(update=fresh)
 
     @property
+    def labels(self) -> dict[str, str]:
+        """What a cluster is told of the latest attempt, for those who watch its jobs."""
+        return {
+            "search": self.name,
+            "id": self.id,
+            "owner": self.owner,
+            "attempt": str(self.attempt),
+        }
+
+    @property
     def attempt_id(self) -> str:
         """Name of the latest attempt, unique over all searches."""
         return f"{self.id}.a{self.attempt}"

@@ -100,7 +100,7 @@ def _of(search: Search, candidate: Candidate) -> tuple[Tables, Allocation]:
 def _scored(search: Search, wanted: list[tuple[Tables, Allocation]]) -> list[Evaluation]:
     """Score allocations on the cluster."""
     own = search.config.searches
-    remote = evaluated.options(num_cpus=own.cpus, num_gpus=own.gpus)
+    remote = evaluated.options(name="agreement:score", num_cpus=own.cpus, num_gpus=own.gpus)
     asked = [remote.remote(evaluator(search, t), a, own.cpus) for t, a in wanted]
     for done in range(1, len(asked) + 1):
         ray.wait(asked, num_returns=done)

@@ -138,7 +138,7 @@ def _measure(search: Search, wanted: Sequence[Bits]) -> tuple[NDArray[np.float64
     size = search.task.size("train")
     generator = torch.Generator().manual_seed(search.config.seed)
     indices = torch.randperm(size, generator=generator)[: search.config.calibration.examples]
-    remote = _losses.options(num_cpus=trials.cpus, num_gpus=trials.gpus)
+    remote = _losses.options(name="calibration:losses", num_cpus=trials.cpus, num_gpus=trials.gpus)
     state = ray.put(search.weights)
     pending = [
         remote.remote(
@@ -230,7 +230,7 @@ def _draw_again(search: Search) -> list[Any]:
     """Let workers draw the traces again and solve, a budget each."""
     config = search.config
     method = "exact" if "exact" in config.methods else "hawq-v2"
-    remote = _stability.options(num_cpus=config.trials.cpus)
+    remote = _stability.options(name="calibration:stability", num_cpus=config.trials.cpus)
     return [
         remote.remote(search.tables, budget, method, config.calibration.draws, config.seed)
         for budget in _budgets(search)

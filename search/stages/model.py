@@ -85,7 +85,7 @@ def _described(task: TaskConfig) -> dict[str, Any]:
 def _trained(search: Search, recipe: Recipe) -> dict[str, Tensor]:
     trials = search.config.trials
     folder = search.folder.path / f"pretrain-{content_hash(inputs(search))[:8]}"
-    remote = _pretrain.options(num_cpus=trials.cpus, num_gpus=trials.gpus)
+    remote = _pretrain.options(name="model:train", num_cpus=trials.cpus, num_gpus=trials.gpus)
     training = remote.remote(
         search.task, recipe, folder.resolve(), search.config.seed, trials.cpus, trials.gpus > 0
     )

@@ -32,7 +32,7 @@ def score_all(search: Search, stage: str, jobs: Sequence[Job], split: str) -> li
         Each network's scores, shape (N,), in order.
     """
     trials = search.config.trials
-    remote = _score.options(num_cpus=trials.cpus, num_gpus=trials.gpus)
+    remote = _score.options(name=f"{stage}:score", num_cpus=trials.cpus, num_gpus=trials.gpus)
     pending = [
         remote.remote(search.task, state, spec, split, trials.cpus, trials.gpus > 0)
         for state, spec in jobs

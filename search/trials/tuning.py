@@ -148,8 +148,10 @@ def tune_specs(
     )
     parameters = {"task": task, "state": dict(state), "spec_of": spec_of, "tuning": tuning}
     is_pareto = searcher is not None and isinstance(searcher.metric, list)
+    trainable = tune.with_parameters(_trainable, **parameters)
+    trainable.__name__ = tuning.name  # as the dashboard calls its actors
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trainable, **parameters), needs),
+        tune.with_resources(trainable, needs),
         param_space=dict(space or {}),
         tune_config=tune.TuneConfig(
             metric=None if is_pareto else "search_score",
