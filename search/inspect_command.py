@@ -1,5 +1,6 @@
 """What there is to quantize in a network: ``hawq inspect``."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,8 +168,8 @@ def _published(name: str, resolution: int | None, estimator: bool) -> Inspection
         ) from error
     if not estimator:
         return _inspection(name, model, reads, images, None)
-    seen = images if resolution is not None else _smaller(model, images)
-    return _inspection(name, model, reads, images, _of_noise(model, seen))
+    looked_at, seen = (model, images) if resolution is not None else _smaller(model, images)
+    return _inspection(name, model, reads, images, _of_noise(looked_at, seen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +184,37 @@ class _Held:
 
 
 @torch.no_grad()
-def _smaller(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the images' corners where the network takes any size, else the images."""
+def _smaller(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """Return the network and the images' corners, where it can take them; else as they are."""
     side = images.shape[-1] // _SMALLER
-    corners = images[..., :side, :side].contiguous()
+    corners, freed = images[..., :side, :side].contiguous(), _freed(model, images)
     try:
-        model(corners)
+        freed(corners)
     except (RuntimeError, ValueError, AssertionError):  # its size is built in
-        return images
-    return corners
+        return model, images
+    return freed, corners
+
+
+def _freed(model: nn.Module, images: Tensor) -> nn.Module:
+    """Copy a network; where it averages all that is left of its images it takes any size then."""
+    copied = copy.deepcopy(model)
+    last: list[str] = []
+
+    def look(name: str, output: Tensor) -> None:
+        if output.shape[-2:] == (1, 1):
+            last.append(name)
+
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in copied.named_modules()
+        if isinstance(module, nn.AvgPool2d)
+    ]
+    copied(images)
+    for handle in handles:
+        handle.remove()
+    for name in last:
+        copied.set_submodule(name, nn.AdaptiveAvgPool2d(1))
+    return copied
 
 
 def _of_noise(model: nn.Module, images: Tensor) -> Task:
@@ -242,7 +265,7 @@ def _inspection(
         unquantizable_weights(model),
         sum(p.numel() for p in model.parameters()),
         sum(sizes.values()),
-        "" if task is None else _estimator(task, model, [layer.name for layer in layers]),
+        "" if task is None else _estimator(task, [layer.name for layer in layers]),
     )
 
 
@@ -254,8 +277,8 @@ def _kind(module: nn.Module) -> str:
     return f"{kind}, {'depthwise' if groups == module.in_channels else f'{groups} groups'}"
 
 
-def _estimator(task: Task, model: nn.Module, layers: Sequence[str]) -> str:
+def _estimator(task: Task, layers: Sequence[str]) -> str:
     """Choose as a search would, on a few examples."""
     batch = task.batch("train", torch.arange(_EXAMPLES))
-    choice = choose_estimator(task, model, layers, batch)
+    choice = choose_estimator(task, task.model(), layers, batch)
     return f"{choice.estimator.replace('_', ' ')}: {choice.reason}"

@@ -110,9 +110,15 @@ def test_a_published_network_tells_its_estimator(name, estimator, side):
 def test_an_estimator_is_found_on_smaller_images_where_a_network_takes_them():
     images = torch.randn(1, 3, 30, 30)
     free = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(28), nn.Flatten(), nn.Linear(4, 2))
+    for model in (free, pooled):
+        looked_at, seen = _smaller(model, images)
+        assert torch.equal(seen, images[..., :10, :10])
+        assert looked_at(seen).shape == (1, 2)
     bound = nn.Sequential(nn.Flatten(), nn.Linear(2700, 2))
-    assert torch.equal(_smaller(free, images), images[..., :10, :10])
-    assert torch.equal(_smaller(bound, images), images)
+    looked_at, seen = _smaller(bound, images)
+    assert looked_at is bound
+    assert seen is images
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from hawq.curvature.network import differentiable, weights_of
 from hawq.export import encode, pack
 from hawq.factors import softmax_factor
 from hawq.finetune import attach
+from hawq.quantizers import Scheme, Schemes
 from hawq.reads import Layer, read_network
 from hawq.task import Factor
 from search.tasks.networks import SmallResNet
@@ -39,7 +40,7 @@ from search.tasks.zoo import ZooNetwork
 from tests.benchmarks.record import ROOT, Row, record
 from tests.pictures import draw_set
 
-_ROUNDS, _THREADS = 3, 2
+_THREADS = 2
 _HEAD = (
     "| network | parameters | MiB in fp32 | weights' MiB at the paper's compression "
     "| MiB of a packed file | MACs | probe of an image: seconds | CPU-seconds | peak memory |",
@@ -96,10 +97,11 @@ def main() -> None:
     """Measure the networks that were asked for, each in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.networks")
     parser.add_argument("--only", action="append", choices=SUBJECTS)
+    parser.add_argument("--rounds", type=int, default=3, help="probes, of which the fastest counts")
     parser.add_argument("--here", choices=SUBJECTS, help="measure in this process, print JSON")
     given = parser.parse_args()
     if given.here:
-        print(json.dumps(asdict(measured(SUBJECTS[given.here]))))
+        print(json.dumps(asdict(measured(SUBJECTS[given.here], given.rounds))))
         return
     chosen = given.only or list(SUBJECTS)
     if "resnet20" in chosen and not _resnet20_weights().is_file():
@@ -107,6 +109,7 @@ def main() -> None:
     rows, lines = [], list(_HEAD)
     for name in chosen:
         command = [sys.executable, "-m", "tests.benchmarks.networks", "--here", name]
+        command += ["--rounds", str(given.rounds)]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         found = Figures(**json.loads(done.stdout.splitlines()[-1]))
         rows += [Row(name, "", value, unit) for unit, value in asdict(found).items()]
@@ -132,7 +135,7 @@ def _line(name: str, found: Figures) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def measured(subject: Subject) -> Figures:
+def measured(subject: Subject, rounds: int) -> Figures:
     """Measure a network in this process."""
     torch.set_num_threads(_THREADS)
     model, example, forward = subject.make(subject.examples)
@@ -140,7 +143,7 @@ def measured(subject: Subject) -> Figures:
     names = [layer.name for layer in reads.layers]
     weights = weights_of(model, names)
     wall, cpu = [], []
-    for seed in range(_ROUNDS):
+    for seed in range(rounds):
         started, used = time.perf_counter(), time.process_time()
         with differentiable(model, weights):
             outputs, factors = forward()
@@ -149,7 +152,9 @@ def measured(subject: Subject) -> Figures:
         cpu.append(time.process_time() - used)
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     parameters = sum(p.numel() for p in model.parameters())
-    attach(model, _mixed(reads.layers, subject.compression))
+    # Ranges do not change how large the file is, and these take no time.
+    schemes = Schemes(Scheme(range="minmax"))
+    attach(model, _mixed(reads.layers, subject.compression), schemes=schemes)
     return Figures(
         parameters,
         len(names),
