@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pictures import CLASSES, DETECTOR, TINY, draw_set
+from pictures import CLASSES, DETECTOR, SHIPPED, TINY, draw_set
 
 pytest.importorskip("mmdet", reason="needs the extra: pip install 'hawq-search[detection]'")
 
+from hawq.curvature.choice import choose_estimator
 from hawq.finetune import Recipe, evaluate, make_optimizer, train_epoch
 from hawq.finetune.batch_norm import has_statistics
 from hawq.reads import read_network
+from hawq.space import quantizable_layers
 from hawq.testing import check_task
 from search.artefacts import Summary
 from search.config_file import load_config
@@ -96,7 +98,7 @@ def test_the_score_is_coco_s_own(rectangles):
 
     task = make_task(rectangles)
     model = task.model()
-    recipe = Recipe(epochs=16, batch_size=4, lr=0.03, clip_norm=10.0, freeze_batch_norm=1.0)
+    recipe = Recipe(epochs=4, batch_size=4, lr=0.04, clip_norm=10.0, freeze_batch_norm=1.0)
     optimizer = make_optimizer(model, recipe)
     for epoch in range(recipe.epochs):
         train_epoch(model, optimizer, task, recipe, epoch=epoch, seed=0)
@@ -114,7 +116,7 @@ def test_the_score_is_coco_s_own(rectangles):
             }
             metric.process({}, [sample])
     expected = metric.evaluate(task.size("test"))["coco/bbox_mAP"]
-    assert score.mean() > 0.02
+    assert score.mean() > 0.01
     assert float(score.mean()) == pytest.approx(expected, abs=6e-4)  # it is rounded to 0.001
 
 
@@ -148,12 +150,24 @@ def test_heads_that_levels_share_have_a_tensor_for_each(rectangles):
     assert of_class == [f"bbox_head.retina_cls#{level}" for level in range(5)]
 
 
+@pytest.mark.filterwarnings("ignore:DeprecationWarning. `num_anchors`")
+@pytest.mark.parametrize(
+    ("config", "reason"), zip(SHIPPED, ("RoIAlignFunction", "NativeGroupNorm"), strict=True)
+)
+def test_other_detectors_are_looked_at_in_double_precision(rectangles, config, reason):
+    task = DetectionTask(config, str(rectangles), json.dumps(SHIPPED[config]))
+    model = task.model()
+    layers = [name for name in quantizable_layers(model) if "head" in name]
+    found = choose_estimator(task, model, layers, task.batch("train", torch.arange(2)))
+    assert reason in found.reason
+
+
 def written(folder, rectangles, **changes):
     config = {
         "seed": 0,
         "task": {
             "detector": {"config": str(DETECTOR), "root": str(rectangles), "options": TINY},
-            "pretrain": {"epochs": 4, "batch_size": 4, "lr": 0.02, "clip_norm": 10},
+            "pretrain": {"epochs": 2, "batch_size": 4, "lr": 0.04, "clip_norm": 10},
         },
         "curvature": {"examples": 8, "batch_size": 2, "rtol": 0.3, "max_probes": 8},
         "weights": {"bits": [2, 4, 8]},
@@ -170,18 +184,25 @@ def written(folder, rectangles, **changes):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_detector_goes_through_the_whole_search(ray_cluster, rectangles, tmp_path):
+def test_a_detector_of_two_stages_goes_through_the_whole_search(ray_cluster, rectangles, tmp_path):
+    path = written(tmp_path, rectangles)
+    config, options = next(iter(SHIPPED.items()))
+    detector = {"config": config, "root": str(rectangles), "options": options}
     out = tmp_path / "run"
-    summary = run(load_config(written(tmp_path, rectangles)), out)
+    summary = run(load_config(path, [f"task.detector={json.dumps(detector)}"]), out)
     assert isinstance(summary, Summary)
     assert summary.model.score_name == "mAP"
-    assert "smooth L1" in summary.curvature.reason
-    of_boxes = summary.curvature.layers.index("bbox_head.retina_reg")
-    assert summary.curvature.trace[of_boxes] > 0
+    for said in ("RoIAlignFunction is marked once_differentiable", "smooth L1"):
+        assert said in summary.curvature.reason
+    for of_boxes in ("rpn_head.rpn_reg", "roi_head.bbox_head.fc_reg"):
+        assert summary.curvature.trace[summary.curvature.layers.index(of_boxes)] > 0
     assert summary.curvature.activations is not None
-    assert any(name == "bbox_head.retina_cls#4" for name in summary.curvature.activations.layers)
+    assert "rpn_head.rpn_cls#4" in summary.curvature.activations.layers
     assert len(summary.test.scores) >= 3
-    assert "mAP" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "mAP" in page
+    # A loss looks at 16 regions, and 50 are proposed: a budget is of the latter.
+    assert f"{32 / 4.6:.2f} bits on average" in page
 
 
 @pytest.mark.ray

@@ -326,7 +326,8 @@ class DetectionTask:
                 ("ignored_instances", batch["ignored"][n]),
             ):
                 chosen = (batch["labels"][n] >= 0) & there
-                boxes, labels = batch["boxes"][n][chosen], batch["labels"][n][chosen]
+                # Targets are as exact as anchors, which are float32 in any network.
+                boxes, labels = batch["boxes"][n][chosen].float(), batch["labels"][n][chosen]
                 setattr(described, name, structures.InstanceData(bboxes=boxes, labels=labels))
             found.append(described)
         return found
