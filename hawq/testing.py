@@ -48,6 +48,7 @@ def check_task(task: Task) -> None:
     _check_augmentation(task)
     model = _checked_model(task)
     with evaluating(model):
+        _check_forward(task, model)
         for split in _SPLITS:
             _check_per_example(task, model, split)
         _check_curvature(task, model)
@@ -124,6 +125,10 @@ def _checked_model(task: Task) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             models.append(task.model())
+    _require(
+        all(isinstance(model, nn.Module) for model in models),
+        f"model() must return an nn.Module, got {type(models[0]).__name__}",
+    )
     first, second = (model.state_dict() for model in models)
     _require(
         _equal(dict(first), dict(second)),
@@ -137,6 +142,18 @@ def _checked_model(task: Task) -> nn.Module:
             f"model() must be float32 on the CPU, got {name} in {value.dtype} on {value.device}",
         )
     return models[0]
+
+
+def _check_forward(task: Task, model: nn.Module) -> None:
+    """Who reads what is seen by calling the network with what ``inputs`` returns, and no more."""
+    inputs = task.inputs(task.batch("train", _some_indices(task, "train")))
+    try:
+        with torch.no_grad():
+            model(inputs)
+    except (TypeError, RuntimeError) as error:
+        raise TaskContractError(
+            f"the network must take what inputs returns, one tensor, got {_line(error)}"
+        ) from error
 
 
 def _check_per_example(task: Task, model: nn.Module, split: str) -> None:
@@ -172,6 +189,10 @@ def _check_curvature(task: Task, model: nn.Module) -> None:
     curvature = task.curvature(twin, batch)
     if curvature is None:
         return
+    _require(
+        isinstance(curvature, tuple) and len(curvature) == 2,
+        f"curvature must return outputs and factors, or None, got {_shape(curvature)}",
+    )
     outputs, factors = curvature
     outputs = outputs.detach()
     num_examples = len(task.inputs(batch))
@@ -273,6 +294,10 @@ def _stacks(single: Sequence[Batch], whole: Batch) -> bool:
         if stacked.shape == leaf.shape and not torch.equal(stacked, leaf):
             return False
     return True
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def _shape(value: object) -> tuple[int, ...] | str:

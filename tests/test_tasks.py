@@ -174,7 +174,7 @@ class Code:
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_never_run(tmp_path, capsys):
     torch.save({"weight": Code()}, tmp_path / "net.pt")
-    with pytest.raises(InputError, match="must be a torch file of tensors alone"):
+    with pytest.raises(InputError, match=r"of tensors alone \(it holds .*print, .*state_dict"):
         load_weights(SmallResNet(8), tmp_path / "net.pt")
     assert "ran code" not in capsys.readouterr().out
 

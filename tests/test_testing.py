@@ -173,6 +173,33 @@ class NanScore(TinyTask):
         return super().scores(model, batch) / 0 * 0
 
 
+class NoNetwork(TinyTask):
+    def model(self):
+        return None
+
+
+class OfTwo(nn.Linear):
+    def forward(self, images, weights):
+        return super().forward(images.flatten(1) * weights)
+
+
+class TwoInputs(TinyTask):
+    """Its losses know how to call its network, but nobody else does."""
+
+    def model(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return OfTwo(50, 4)
+
+    def losses(self, model, batch):
+        return F.cross_entropy(model(batch[0], 2.0), batch[1], reduction="none")
+
+
+class NoFactors(TinyTask):
+    def curvature(self, model, batch):
+        return model(batch[0])
+
+
 @dataclass
 class NoTask:
     score_name: str = "accuracy"
@@ -203,6 +230,9 @@ BROKEN = {
     PooledOutputs: r"outputs must hold 4 examples, got shape \(1, 4\)",
     OneScore: r"scores must have shape \(4,\), got \(\)",
     NanScore: "scores must be finite",
+    NoNetwork: r"model\(\) must return an nn\.Module, got NoneType",
+    TwoInputs: "must take what inputs returns, one tensor, got TypeError: .*'weights'",
+    NoFactors: r"curvature must return outputs and factors, or None, got \(4, 4\)",
     NoTask: r"every member of hawq.task.Task, got no \['augment', 'batch', ",
 }
 

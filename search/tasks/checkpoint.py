@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = str(error).strip().splitlines()[0]
+        if code is not None:  # torch's own advice is to run it
+            reason = f"it holds {code[1]}, which is code and is not run: save model.state_dict()"
         raise InputError(
             f"task.checkpoint: {path} must be a torch file of tensors alone ({reason})"
         ) from error
