@@ -23,7 +23,9 @@ from search.service.record import ENDED, Heartbeat, Outcome, Record
 from search.service.store import Store
 from search.service.supervisor import Capacity, Supervisor
 
-LIMITS = Limits(attempts=3, backoff_seconds=5, silent_seconds=60, absent_seconds=20)
+LIMITS = Limits(
+    attempts=3, backoff_seconds=5, silent_seconds=60, starting_seconds=90, absent_seconds=20
+)
 NOW = 1000.0
 SUCCEEDED = Outcome(attempt=2, ended="succeeded")
 REFUSED = Outcome(attempt=2, ended="refused", reason="task.root: must be a folder")
@@ -54,6 +56,8 @@ TABLE = [
     ("Ray lags", record("running"), seen("absent", silent_seconds=19), Wait()),
     ("Ray forgot", record("running"), seen("absent", silent_seconds=20), Retry),
     ("silence", record("running"), seen(silent_seconds=60), Retry),
+    ("it starts", record("running"), seen(has_begun=False, silent_seconds=89), Wait()),
+    ("it started never", record("running"), seen(has_begun=False, silent_seconds=90), Retry),
     ("silence of all", record("running"), seen("unknown", silent_seconds=60), Retry),
     ("it died", record("running"), seen("ended", said="SIGKILL"), Retry("SIGKILL", 1, NOW + 5)),
     ("again", record("running", failures=1), seen("ended", said="!"), Retry("!", 2, NOW + 10)),
@@ -108,6 +112,7 @@ observations = st.builds(
     now=st.just(NOW),
     job=st.sampled_from(["unknown", "absent", "pending", "running", "ended"]),
     outcome=st.sampled_from([None, SUCCEEDED, REFUSED, STALE]),
+    has_begun=st.booleans(),
     silent_seconds=st.floats(0, 1e6),
     stages=st.integers(0, 9),
     fits=st.booleans(),

@@ -26,6 +26,7 @@ class Limits:
         backoff_seconds: Before the second of these; it doubles with each.
         longest_backoff_seconds: At most.
         silent_seconds: Without a heartbeat, until a running attempt counts as lost.
+        starting_seconds: The same before its first: it reads much from storage that may be slow.
         absent_seconds: The same of an attempt that Ray does not know.
     """
 
@@ -33,6 +34,7 @@ class Limits:
     backoff_seconds: float = 5
     longest_backoff_seconds: float = 300
     silent_seconds: float = 120
+    starting_seconds: float = 900
     absent_seconds: float = 30
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class Observation:
         job: What whoever started the latest attempt says of it: ``unknown`` if it does not
             answer, ``absent`` if it has never heard of it.
         outcome: How the latest attempt ended, by its own word; None: it has not said.
+        has_begun: Whether its latest attempt has given a sign of life.
         silent_seconds: Since its heartbeat last changed, or since it was launched.
         stages: That its latest attempt came past.
         fits: Whether there is room for one more search of this size.
@@ -64,6 +67,7 @@ class Observation:
     now: float
     job: Job = "absent"
     outcome: Outcome | None = None
+    has_begun: bool = True
     silent_seconds: float = 0
     stages: int = 0
     fits: bool = True
@@ -174,6 +178,7 @@ def _lost(seen: Observation, limits: Limits) -> str | None:
     if seen.job == "absent" and seen.silent_seconds >= limits.absent_seconds:
         return f"what ran it was restarted; {silent}"
     # Ray may be out of reach of the service alone: that is no reason to stop what goes on.
-    if seen.job in {"running", "unknown"} and seen.silent_seconds >= limits.silent_seconds:
+    patience = limits.silent_seconds if seen.has_begun else limits.starting_seconds
+    if seen.job in {"running", "unknown"} and seen.silent_seconds >= patience:
         return silent
     return None

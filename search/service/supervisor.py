@@ -152,6 +152,7 @@ class Supervisor:
             now=time.time(),
             job=seen.job,
             outcome=folder.outcome(),
+            has_begun=is_latest,
             silent_seconds=self._silence(record, heartbeat.beat if heartbeat and is_latest else 0),
             stages=heartbeat.stages if heartbeat else 0,
             fits=fits,
