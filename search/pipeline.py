@@ -213,7 +213,7 @@ def _under_way(
         @cache
         def cluster() -> None:
             where = connected(
-                config.ray.address, dashboard=config.ray.dashboard, about={"run": str(out)}
+                config.ray.address, dashboard=config.ray.dashboard, about={"job_name": out.name}
             )
             search.events.emit("run", "note", stack.enter_context(where))
 

@@ -560,8 +560,8 @@ def test_a_running_search_is_seen_to_go_on(service, visit):
     page = visit(f"/searches/{search}")
     trials = page.get_by_role("listitem").filter(has_text="trials")
     assert "1 of 40 epochs" in trials.inner_text()
-    num_points = "document.getElementById('front').data.flatMap(t => t.x).length"
-    assert page.evaluate(num_points) == 0
+    num_points = "document.getElementById('front')?.data?.flatMap(t => t.x).length"
+    assert page.evaluate(num_points) is None  # nothing is scored, and no empty figure drawn
     page.evaluate("window.stayed = true")
     trial = SUMMARY.trials.trials[0]
     (folder.run / "trials" / f"{trial.digest}-0").mkdir(parents=True)

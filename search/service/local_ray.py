@@ -113,7 +113,7 @@ def with_token(environment: Mapping[str, str], path: Path) -> dict[str, str]:
 def main() -> None:
     """Have Ray on this machine until the standard input ends."""
     try:
-        with connected(None, dashboard=True, about={"hawq": "keeps this Ray"}) as where:
+        with connected(None, dashboard=True, about={"job_name": "hawq serve"}) as where:
             sys.stderr.write(f"{where}\n")
             sys.stdout.write(f"{ray.get_runtime_context().gcs_address}\n")
             sys.stdout.flush()

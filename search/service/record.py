@@ -96,7 +96,7 @@ class Record(_Document):
     def labels(self) -> dict[str, str]:
         """What a cluster is told of the latest attempt, for those who watch its jobs."""
         return {
-            "search": self.name,
+            "job_name": self.name,  # as the dashboard has it
             "id": self.id,
             "owner": self.owner,
             "attempt": str(self.attempt),

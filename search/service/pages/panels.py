@@ -155,6 +155,8 @@ def _scores(
         summary = Summary.model_validate_json((run / "summary.json").read_bytes())
     except (FileNotFoundError, ValidationError):
         scored = read_scored(run)
+        if not scored:
+            return
         full = None if model is None else model.search_score
         num = sum(one.is_finished for one in scored)
         yield Panel(
