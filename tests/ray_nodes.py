@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from ray.util import get_node_ip_address
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 from requests import RequestException
@@ -19,7 +21,7 @@ __all__ = ["Nodes", "free_ports", "processes_under"]
 
 RAY = str(Path(sys.executable).parent / "ray")
 OPTIONS = ["--block", "--min-worker-port=0", "--max-worker-port=0"]
-OPTIONS += ["--object-store-memory=100000000"]
+OPTIONS += ["--object-store-memory=100000000", "--include-log-monitor=false"]
 
 
 class Nodes:
@@ -30,13 +32,12 @@ class Nodes:
     """
 
     def __init__(self, settings=None):
-        # Where many tests run side by side a node takes long to start.
-        patience = {"RAY_raylet_start_wait_time_s": "300"}
-        self.environment = {**os.environ, **patience, **(settings or {})}
+        self.environment = {**os.environ, **(settings or {})}
         self.folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, for sockets are in it
         self.gcs, self.board, self.client = free_ports(3)
+        self.address = f"{get_node_ip_address()}:{self.gcs}"
         self.dashboard = f"http://127.0.0.1:{self.board}"
-        self.running = {}
+        self.running, self.commands = {}, {}
         self.joined = 0
 
     def __enter__(self):
@@ -60,7 +61,7 @@ class Nodes:
         for _ in range(count):
             self.joined += 1
             names.append(f"node{self.joined}")
-            address = f"--address=127.0.0.1:{self.gcs}"
+            address = f"--address={self.address}"
             # A folder each: sockets of nodes that start at once would have one name.
             folder = self.folder / names[-1]
             place = f'--resources={{"{names[-1]}": 1}}'
@@ -76,18 +77,23 @@ class Nodes:
     def kill(self, name, *, sparing=()):
         """Kill -9 a node and all that runs on it but ``sparing``."""
         process = self.running.pop(name)
-        for pid in [process.pid, *processes_under(process.pid)]:
+        doomed = processes_under(process.pid)
+        process.kill()
+        for pid in doomed:
             if pid not in sparing:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         process.wait()
 
     def _start(self, name, *options, temp_dir):
+        self.commands[name] = [RAY, "start", *OPTIONS, *options, f"--temp-dir={temp_dir}"]
+        self._run(name)
+
+    def _run(self, name):
         (agent,) = free_ports(1)
-        options += (f"--temp-dir={temp_dir}", f"--dashboard-agent-listen-port={agent}")
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
-                [RAY, "start", *OPTIONS, "--node-ip-address=127.0.0.1", *options],
+                [*self.commands[name], f"--dashboard-agent-listen-port={agent}"],
                 stdout=log,
                 stderr=log,
                 env=self.environment,
@@ -95,13 +101,16 @@ class Nodes:
             )
 
     def _wait(self, count):
-        for _ in range(1200):
-            for name, process in self.running.items():
-                assert process.poll() is None, (self.folder / f"{name}.log").read_text()
-            if len(self._alive()) >= count:
-                return
+        """Wait for so many nodes; one whose agent was slow gives up, and is started again."""
+        tries = Counter()
+        while len(self._alive()) < count:
+            for name, process in list(self.running.items()):
+                if process.poll() is not None:
+                    tries[name] += 1
+                    assert tries[name] < 9, (self.folder / f"{name}.log").read_text()
+                    self.kill(name)
+                    self._run(name)
             time.sleep(0.5)
-        raise AssertionError(f"{count} nodes must be alive, got {self._alive()}")
 
     def _alive(self):
         with suppress(RayStateApiException, RequestException, ConnectionError):

@@ -10,10 +10,14 @@ import time
 import httpx
 from ray_nodes import free_ports
 
+from search.config import TaskConfig
 from search.events import read_events
+from search.tasks.build import build_task
+from search.tasks.checkpoint import save_state
 
-__all__ = ["TINY", "Server", "driver", "reach", "until", "without_seconds"]
+__all__ = ["TINY", "Server", "driver", "from_weights", "reach", "until", "without_seconds"]
 
+HAWQ = [sys.executable, "-m", "search.cli"]
 TINY = {
     "task": {
         "data": "digits",
@@ -37,7 +41,15 @@ TINY = {
     "workers": {"count": 1},
     "trials": {"max_concurrent": 1},
 }
-HAWQ = [sys.executable, "-m", "search.cli"]
+
+
+def from_weights(folder):
+    """Return ``TINY`` from weights in a file, untrained ones: it then takes fewer seconds still."""
+    path = folder / "weights.safetensors"
+    model = build_task(TaskConfig.model_validate(TINY["task"]), seed=0).model()
+    save_state(path, model.state_dict())
+    task = {key: value for key, value in TINY["task"].items() if key != "pretrain"}
+    return TINY | {"task": task | {"checkpoint": str(path)}}
 
 
 class Server:
@@ -88,7 +100,7 @@ def driver(store, search):
 
 def reach(store, search, stage, kind):
     """Wait until a search's driver has told of something."""
-    for _ in range(3000):
+    for _ in range(12000):
         events = read_events(store / "searches" / search / "run" / "events.jsonl")
         if any((event.stage, event.kind) == (stage, kind) for event in events):
             return
@@ -98,7 +110,7 @@ def reach(store, search, stage, kind):
 
 def until(client, search, state):
     """Wait until a search is in a state."""
-    for _ in range(600):
+    for _ in range(3000):
         if client.get(search).state == state:
             return
         time.sleep(0.1)
