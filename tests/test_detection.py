@@ -152,7 +152,8 @@ def test_heads_that_levels_share_have_a_tensor_for_each(rectangles):
 
 @pytest.mark.filterwarnings("ignore:DeprecationWarning. `num_anchors`")
 @pytest.mark.parametrize(
-    ("config", "reason"), zip(SHIPPED, ("RoIAlignFunction", "NativeGroupNorm"), strict=True)
+    ("config", "reason"),
+    list(zip(SHIPPED, ("RoIAlignFunction", "NativeGroupNorm"), strict=True)),
 )
 def test_other_detectors_are_looked_at_in_double_precision(rectangles, config, reason):
     task = DetectionTask(config, str(rectangles), json.dumps(SHIPPED[config]))
