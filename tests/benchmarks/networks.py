@@ -128,8 +128,8 @@ def _line(name: str, found: Figures) -> str:
         f"{found.weights_mib / subject.compression:.2f} ({subject.compression:g}×)",
         f"{found.file_mib:.2f} ({found.fp32_mib / found.file_mib:.2f}×)",
         f"{found.macs / 1e9:.3g} G",
-        f"{found.wall_seconds:.2g}",
-        f"{found.cpu_seconds:.2g}",
+        f"{found.wall_seconds:.3g}",
+        f"{found.cpu_seconds:.3g}",
         f"{found.peak_mib:,.0f} MiB, {subject.examples} at once",
     )
     return f"| {' | '.join(cells)} |"
