@@ -143,9 +143,21 @@ class SearchFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.run = path / "run"
-        self.events = self.run / "events.jsonl"
-        self.driver_lock = path / "driver.lock"
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run."""
+        return self.path / "run"
+
+    @property
+    def events(self) -> Path:
+        """What happened in the run."""
+        return self.run / "events.jsonl"
+
+    @property
+    def driver_lock(self) -> Path:
+        """Held by the driver that may write."""
+        return self.path / "driver.lock"
 
     def log(self, attempt: int) -> Path:
         """Return the log of an attempt."""

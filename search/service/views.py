@@ -79,16 +79,16 @@ def view(store: Store, record: Record) -> SearchView:
     """Show a search."""
     told = {name: getattr(record, name) for name in _OF_RECORD}
     # Both were checked when they were read: a list has hundreds of them.
-    return SearchView.model_construct(**told, latest=_latest(store.folder(record.id), record))
+    return SearchView.model_construct(**told, latest=_latest(store, record))
 
 
-def _latest(folder: SearchFolder, record: Record) -> Event | None:
+def _latest(store: Store, record: Record) -> Event | None:
     """Return what the driver of the latest attempt told last."""
     if not record.attempt:
         return None
-    path = folder.path / "heartbeat.json"
+    folder = store.folder(record.id)
     try:
-        status = path.stat()
+        status = (folder.path / "heartbeat.json").stat()
     except FileNotFoundError:
         return None
     heartbeat = _heartbeat(folder.path, status.st_ino, status.st_mtime_ns)
