@@ -145,7 +145,7 @@ def draw(seed, num_images, *, num_classes=NUM_CLASSES, rare=False):
     return images
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(IMAGES)
 def test_it_is_what_cocos_code_finds(images):
     expected, at_half, at_three_quarters = stats(images)
@@ -234,7 +234,7 @@ def test_the_order_of_the_images_changes_nothing_where_no_scores_are_equal(image
         torch.testing.assert_close(shuffled, pseudo_values(values)[order], rtol=0, atol=1e-12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(IMAGE, min_size=2, max_size=5))
 def test_pseudo_values_are_those_of_leaving_images_out_with_cocos_code(images):
     values, expected = rows(images), jackknife(images)
@@ -286,7 +286,7 @@ def test_the_error_of_a_paired_difference_is_the_bootstraps_within_a_quarter():
     jackknife = float(paired.std()) / math.sqrt(len(paired))
     alone = float(pseudo_values(first).std()) / math.sqrt(len(paired))
     torch_generator = torch.Generator().manual_seed(0)
-    draws = [torch.randint(250, (250,), generator=torch_generator) for _ in range(300)]
+    draws = [torch.randint(250, (250,), generator=torch_generator) for _ in range(150)]
     differences = [average_precision(first[d]) - average_precision(second[d]) for d in draws]
     assert 0.75 < jackknife / float(np.std(differences, ddof=1)) < 1.3
     assert jackknife < 0.7 * alone

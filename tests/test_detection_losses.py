@@ -462,7 +462,7 @@ def test_hessian_products_of_a_full_retinanet_agree_with_differences_of_gradient
     import_module("mmdet.utils").register_all_modules(init_default_scope=True)
     torch.manual_seed(0)
     model = MODELS.build(described).eval().double()
-    images, samples = examples(1, torch.float64, 128)
+    images, samples = examples(1, torch.float64, 64)
     weights = [
         model.get_submodule(name).weight
         for name in ("backbone.layer2.0.conv2", "neck.fpn_convs.0.conv", "bbox_head.retina_cls")
