@@ -70,8 +70,8 @@ def run(
         return
     from search.checkout import noting_commits
     from search.pipeline import run as run_search
-    from search.results_file import read_results
-    from search.results_record import record, typed
+    from search.results.file import read_results
+    from search.results.record import record, typed
     from search.terminal import LiveView, result_table
 
     folder = out or Path("runs") / config.stem
@@ -115,7 +115,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare ways of searching: methods x budgets x seeds, then each method's best, fine-tuned."""
-    from search.compare_command import compare as run_comparison
+    from search.commands.compare import compare as run_comparison
     from search.comparison.text import comparison_text
     from search.terminal import LiveView
 
@@ -146,7 +146,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Show what there is to quantize: layers, tensors, ties, and what stays in floating point."""
-    from search.inspect_command import inspected, inspection_view
+    from search.commands.inspect import inspected, inspection_view
 
     found = inspected(what, overrides or (), resolution=resolution, estimator=estimator)
     _out.print(inspection_view(found))
@@ -286,8 +286,8 @@ def profile(
     ] = None,
 ) -> None:
     """Price every layer at every width: measured here, or by a machine's peak rates."""
-    from search.profile_command import latency_view
-    from search.profile_command import profile as profile_network
+    from search.commands.profile import latency_view
+    from search.commands.profile import profile as profile_network
     from search.terminal import LiveView
 
     path = out or Path("runs") / config.stem / "latency.json"
@@ -339,8 +339,8 @@ def allocate(
     out: Annotated[Path | None, typer.Option(help="JSON file for the allocation")] = None,
 ) -> None:
     """Choose bits for another budget from a run's tables: no probes, no training."""
-    from search.allocate_command import allocate as solve
-    from search.allocate_command import allocation_view
+    from search.commands.allocate import allocate as solve
+    from search.commands.allocate import allocation_view
     from search.folder import write_atomically
     from search.searchers import Rules
 
@@ -355,7 +355,7 @@ def allocate(
     )
     _out.print(allocation_view(found, tables))
     if score:
-        from search.score_command import score_candidate, score_spec, score_view
+        from search.commands.score import score_candidate, score_spec, score_view
 
         scored = score_candidate(score_spec(run, num_examples=score_examples), found, tables)
         _out.print(Text(score_view(run, scored)))
@@ -393,8 +393,8 @@ def export(
     ] = False,
 ) -> None:
     """Write a run's network as packed integers, an ONNX graph or a torch program."""
-    from search.export_command import chosen, given
-    from search.export_command import export as export_network
+    from search.commands.export import chosen, given
+    from search.commands.export import export as export_network
 
     if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
         raise InputError(f"--batch: must be dynamic or a number from 1 on, got {batch!r}")
@@ -424,7 +424,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure an exported file itself: its score, its size, its latency beside fp32."""
-    from search.evaluate_command import evaluate_file, measured_lines
+    from search.commands.evaluate import evaluate_file, measured_lines
 
     found = evaluate_file(
         file,
@@ -461,16 +461,16 @@ def import_bits(
     ] = False,
 ) -> None:
     """Price what another program chose, or traced, by a run's tables."""
-    from search.allocate_command import allocation_view
+    from search.commands.allocate import allocation_view
+    from search.commands.imported import imported, pinned
     from search.folder import write_atomically
-    from search.import_command import imported, pinned
 
     found, tables, left_out = imported(file, run, budget or [])
     _out.print(allocation_view(found, tables))
     if left_out:
         _out.print(Text(f"left out: {len(left_out)} of what operators write: {left_out[0]}, …"))
     if score:
-        from search.score_command import score_candidate, score_spec, score_view
+        from search.commands.score import score_candidate, score_spec, score_view
 
         _out.print(Text(score_view(run, score_candidate(score_spec(run), found, tables))))
     if out is not None:
@@ -489,7 +489,7 @@ def front(
     ] = None,
 ) -> None:
     """Draw what every method offers at every size, from what a run has traced."""
-    from search.front_command import front_page
+    from search.commands.front import front_page
 
     _out.print(Text(f"Fronts: {front_page(run, out)}"), soft_wrap=True)
 
@@ -505,10 +505,10 @@ def results(
     ],
 ) -> None:
     """Print what a comparison found, in markdown: tables, paired differences, and their errors."""
+    from search.commands.results import results_text
     from search.comparison.file import is_comparison, read_comparison
     from search.comparison.text import comparison_text
-    from search.results_command import results_text
-    from search.results_file import read_results
+    from search.results.file import read_results
 
     if is_comparison(file):
         typer.echo(comparison_text(read_comparison(file)))
@@ -552,7 +552,7 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Say what this machine has, and what each optional part still needs; or check a config."""
-    from search.doctor import examine, examine_config
+    from search.commands.doctor import examine, examine_config
 
     with _err.status("starting Ray" if config is None else "looking"):
         checks = examine(address) if config is None else examine_config(config, overrides or [])

@@ -9,9 +9,9 @@ import torch
 from oracles import ResidualNet
 
 from hawq.reads import network_space, read_network
-from search.allocate_command import allocate
 from search.artefacts import GroupTables, LayerLatency, OperationEntry, StageCost, TablesArtefact
 from search.cli import main
+from search.commands.allocate import allocate
 from search.errors import InputError
 from search.folder import RunFolder
 from search.searchers import Rules

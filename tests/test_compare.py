@@ -10,7 +10,7 @@ import yaml
 from test_pipeline import TINY as BASE
 
 from search.cli import main
-from search.compare_command import compare
+from search.commands.compare import compare
 from search.comparison.file import is_comparison, read_comparison
 from search.comparison.making import compared
 from search.config_file import load_config

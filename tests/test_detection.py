@@ -19,8 +19,8 @@ from hawq.reads import read_network
 from hawq.space import quantizable_layers
 from hawq.testing import check_task
 from search.artefacts import Summary
+from search.commands.doctor import examine_config
 from search.config_file import load_config
-from search.doctor import examine_config
 from search.errors import InputError
 from search.pictured import pictured, take_pictures
 from search.pipeline import run

@@ -11,7 +11,7 @@ from pictures import DETECTOR, TINY, draw_set
 pytest.importorskip("mmdet", reason="needs the extra: pip install 'hawq-search[detection]'")
 
 from hawq.finetune import Recipe, evaluate, make_optimizer, train_epoch
-from search.compare_command import compare
+from search.commands.compare import compare
 from search.comparison.text import comparison_text
 from search.tasks.checkpoint import load_weights, save_state
 from search.tasks.detection import DetectionTask

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_export_command import TASK, written
 
+from search.commands.evaluate import evaluate_file, measured_lines
+from search.commands.export import chosen, export
 from search.errors import InputError
-from search.evaluate_command import evaluate_file, measured_lines
-from search.export_command import chosen, export
 from search.exported import read_exported
 
 

@@ -11,7 +11,6 @@ from test_allocate_command import tables
 
 from hawq.finetune import Recipe, evaluate
 from hawq.quantizers import Schemes
-from search.allocate_command import allocate
 from search.artefacts import (
     CandidatesArtefact,
     Score,
@@ -21,12 +20,13 @@ from search.artefacts import (
     TrialsArtefact,
 )
 from search.cli import main
+from search.commands.allocate import allocate
+from search.commands.export import chosen, export, given
+from search.commands.imported import imported, pinned
 from search.config_file import load_config
 from search.errors import InputError
-from search.export_command import chosen, export, given
 from search.exported import network_of, read_exported
 from search.folder import RunFolder
-from search.import_command import imported, pinned
 from search.spaces import reads_of, space_of
 from search.stages.candidates import candidate as best_within
 from search.tables import Tables

@@ -20,9 +20,9 @@ from search.artefacts import (
     StageCost,
     TablesArtefact,
 )
+from search.commands.front import front_page
 from search.errors import InputError
 from search.folder import RunFolder, content_hash
-from search.front_command import front_page
 from search.report.quantities import significant
 from search.stages.candidates import MAX_HULL_POINTS, fronts
 from search.tables import Tables

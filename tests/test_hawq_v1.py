@@ -14,8 +14,8 @@ from test_searchers import best, make_problem, make_tables, with_budget
 
 from hawq.allocation import Allocation
 from hawq.curvature.power_iteration import top_eigenvalues
-from search.allocate_command import allocate
 from search.artefacts import BlockEigenvalue
+from search.commands.allocate import allocate
 from search.config import Budget
 from search.config_file import load_config
 from search.errors import InputError

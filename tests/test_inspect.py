@@ -11,8 +11,8 @@ from hawq.finetune import attach, detach
 from hawq.reads import network_space, read_network
 from hawq.space import unquantizable_weights
 from search.cli import app
+from search.commands.inspect import _smaller, inspected, inspection_view
 from search.errors import InputError
-from search.inspect_command import _smaller, inspected, inspection_view
 
 SMALL = "pytorchcv:sqnxt23_w1"
 

@@ -23,6 +23,7 @@ from hawq.cost import Operation, latency
 from hawq.quantizers import quantize
 from hawq.ranges import best_scales
 from hawq.space import Group, Space
+from search.commands.profile import latency_view, profile
 from search.errors import InputError
 from search.latency import (
     LatencyEntry,
@@ -35,7 +36,6 @@ from search.latency import (
 )
 from search.latency.graphs import Codes, float_graph, integer_graph
 from search.latency.stopwatch import Timing, timed_in_turns
-from search.profile_command import latency_view, profile
 
 ENTRY = {"weight_bits": 8, "activation_bits": 8, "ns": 5}
 OWN = {"schema_version": 1, "layers": {"conv1": [ENTRY]}}

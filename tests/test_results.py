@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 from search.artefacts import Summary
 from search.checkout import commits, current_commit, noting_commits
 from search.cli import app
+from search.commands.results import results_text
 from search.config_file import load_config
 from search.errors import InputError
 from search.events import Event
 from search.replicates import Replicates
-from search.results_command import results_text
-from search.results_file import packed, read_results, unpacked
-from search.results_record import record, typed
+from search.results.file import packed, read_results, unpacked
+from search.results.record import record, typed
 
 NUM = 1003  # no multiple of eight
 ROOT = Path(__file__).parents[1]

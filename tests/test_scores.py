@@ -29,9 +29,9 @@ from hawq.quantizers import Scheme, Schemes
 from hawq.reads import network_space, read_network
 from search.artefacts import ModelArtefact, StageCost
 from search.cli import main
+from search.commands.score import score_spec
 from search.errors import InputError
 from search.folder import RunFolder
-from search.score_command import score_spec
 from search.scores import CheapScores, ScoreSpec
 from search.tasks.checkpoint import save_state
 from search.trials import calibration_inputs

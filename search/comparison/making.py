@@ -14,7 +14,7 @@ from search.comparison.verdict import verdict
 from search.config_file import load_config
 from search.folder import RunFolder, write_atomically
 from search.machine import machine, versions
-from search.results_setting import placeless
+from search.results.setting import placeless
 from search.searched import AgreementArtefact, SearchRecord
 from search.stages.test import SCORES_FILE
 

@@ -26,12 +26,12 @@ from search.artefacts import (
     TestArtefact,
     TrialsArtefact,
 )
+from search.commands.imported import imported
 from search.config import SearchConfig, suggestion
 from search.config_file import load_config
 from search.errors import InputError
 from search.exported import ABOUT, Format, OnnxRun
 from search.folder import RunFolder, write_atomically
-from search.import_command import imported
 from search.imports import is_torch_file
 from search.spaces import fixed_bits, reads_of
 from search.study import with_parameters

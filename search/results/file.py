@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from search.errors import InputError
 from search.folder import content_hash, write_atomically
 from search.replicates import Replicates
-from search.results_setting import shared
+from search.results.setting import shared
 
 __all__ = [
     "Choice",

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from search.allocate_command import read_tables
 from search.artefacts import CandidatesArtefact, TablesArtefact
+from search.commands.allocate import read_tables
 from search.errors import InputError
 from search.folder import RunFolder, content_hash, write_atomically
 from search.report.front_page import render_fronts

@@ -10,7 +10,7 @@ from itertools import combinations
 from statistics import fmean
 
 from search.replicates import Measured, Replicates
-from search.results_file import Results, Row, Setting, unpacked
+from search.results.file import Results, Row, Setting, unpacked
 
 __all__ = ["results_text"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from search.allocate_command import read_budget, read_tables
 from search.artefacts import Candidate, TablesArtefact
+from search.commands.allocate import read_budget, read_tables
 from search.config import SearchConfig
 from search.config_file import load_config
 from search.errors import InputError

@@ -10,8 +10,8 @@ from hawq.allocation import by_owner
 from search.artefacts import Candidate, Draw, Summary
 from search.checkout import commits
 from search.folder import content_hash
-from search.results_file import Choice, Results, Row, Setting, Training, add, packed
-from search.results_setting import shared
+from search.results.file import Choice, Results, Row, Setting, Training, add, packed
+from search.results.setting import shared
 from search.searchers import SEARCHERS
 from search.stages.test import SCORES_FILE
 

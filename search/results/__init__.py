@@ -1,0 +1,1 @@
+"""Files of finished rows, which runs in pieces add to."""
