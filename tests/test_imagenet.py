@@ -172,7 +172,7 @@ def test_what_the_folders_lack_is_said(root, tmp_path):
         ({"test_size": 10}, r"task\.test_size: must be within the 9 images of"),
         ({"arguments": {"num_outputs": 2}}, r"must hold at most the network's 2 classes, got 3"),
         ({"arguments": {}}, r"task\.model: .*network: must not fail, got TypeError"),
-        ({"resolution": 2}, r"the network, on images of shape \(2, 3, 2, 2\): must not fail"),
+        ({"resolution": 2}, r"the network, given one tensor of shape \(2, 3, 2, 2\): must not"),
     ],
 )
 def test_what_does_not_fit_is_refused(root, tmp_path, changes, message):

@@ -165,6 +165,8 @@ def _free_biases(graph: "GraphProto", packed: Packed, marks: list[_Mark]) -> Non
     scales. Its integer kernels need that, and of 8 bits the steps are small; of 4 bits they cost a
     tenth of what a network returns.
     """
+    from onnx import TensorProto  # noqa: PLC0415  an optional part
+
     weights = {f"network.{name}": weight for weight in packed.weights for name in weight.names}
     tensors = {tensor.name: tensor for tensor in packed.tensors}
     reads = {
@@ -173,7 +175,7 @@ def _free_biases(graph: "GraphProto", packed: Packed, marks: list[_Mark]) -> Non
         if node.domain == _DOMAIN
     }
     free = {
-        node.input[2]: weights[node.input[1]].codes.ndim - 2
+        node.output[0]: weights[node.input[1]].codes.ndim - 2
         for node in graph.node
         if len(node.input) > 2 and node.input[1] in weights and node.input[0] in reads
         if min(weights[node.input[1]].widths.min(), reads[node.input[0]].widths.min()) < 8
@@ -181,14 +183,20 @@ def _free_biases(graph: "GraphProto", packed: Packed, marks: list[_Mark]) -> Non
     nodes: list[NodeProto] = []
     for node in graph.node:
         nodes.append(node)
-        if len(node.input) > 2 and node.input[2] in free:
-            target, bias = node.output[0], node.input.pop()
-            node.output[0] = f"{target}/unbiased"
-            nodes.append(_node("Add", [node.output[0], bias], target))
+        target = node.output[0]
+        if target not in free:
+            continue
+        bias = node.input.pop()
+        if free[target]:
+            shape = f"{target}/channels"
+            sides = np.array([-1, *[1] * free[target]])
+            graph.initializer.append(_constant(shape, sides, TensorProto.INT64, 64))
+            nodes.append(_node("Reshape", [bias, shape], f"{target}/bias"))
+            bias = f"{target}/bias"
+        node.output[0] = f"{target}/unbiased"
+        nodes.append(_node("Add", [node.output[0], bias], target))
     del graph.node[:]
     graph.node.extend(nodes)
-    for constant in graph.initializer:
-        constant.dims.extend([1] * free.get(constant.name, 0))  # along the channels
 
 
 def _insert_weights(graph: "GraphProto", weights: Iterable[QuantizedWeight]) -> Iterator[str]:

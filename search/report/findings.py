@@ -6,7 +6,6 @@ paired difference; one of less than two standard errors is called what it is, in
 
 from dataclasses import dataclass
 
-from hawq.cost import num_elements
 from hawq.space import PREFIX, Kind
 from search.artefacts import Score, Summary, TestArtefact
 from search.report.quantities import (
@@ -26,7 +25,6 @@ from search.report.results import (
     num_seeds,
     results_by_budget,
 )
-from search.tables import Tables
 
 __all__ = ["Verdict", "searched", "verdicts"]
 
@@ -88,8 +86,9 @@ def _budget(group: BudgetResults, summary: Summary) -> str:
         sizes.append(f"{'' if alone else 'weights '}{_size(bits, num)}")
     if "activation_bits" in limits and summary.curvature.activations is not None:
         # Of the tables: a loss may look at fewer regions than a detector then proposes.
-        space = Tables.of(summary.tables).space
-        num, bits = num_elements(space, "activations"), limits["activation_bits"]
+        prefix, groups = PREFIX["activations"], summary.tables.space
+        num = sum(int(g["num_elements"]) for g in groups if str(g["name"]).startswith(prefix))
+        bits = limits["activation_bits"]
         sizes.append(f"activations {_size(bits, num)}")
     return f"{group.budget.label} ({'; '.join(sizes)})" if sizes else group.budget.label
 
