@@ -5,13 +5,16 @@ BIN := .venv/bin
 # Real data for tests and examples, where there is any; they say so and skip where there is none.
 export HAWQ_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-cluster check bench clean
 
 demo: .venv/ready ## Set everything up and run a whole search on handwritten digits.
 	$(BIN)/hawq run configs/digits.yaml
 
 test: .venv/ready ## Set everything up and run the tests.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not cluster"
+
+test-cluster: .venv/ready ## A cluster of three nodes on this machine that loses one, then its head: three minutes alone.
+	$(BIN)/python -m pytest -m cluster
 
 check: .venv/ready ## Formatting, lints and types.
 	$(BIN)/ruff format --check .

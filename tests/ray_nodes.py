@@ -38,7 +38,7 @@ class Nodes:
         self.address = f"{get_node_ip_address()}:{self.gcs}"
         self.dashboard = f"http://127.0.0.1:{self.board}"
         self.running, self.commands = {}, {}
-        self.joined = 0
+        self.joined = self.started = 0
 
     def __enter__(self):
         return self
@@ -52,7 +52,7 @@ class Nodes:
         """Start the head, always on the same address, and wait until its dashboard answers."""
         ports = [f"--port={self.gcs}", f"--dashboard-port={self.board}"]
         ports.append(f"--ray-client-server-port={self.client}")
-        self._start("head", "--head", f"--num-cpus={cpus}", *ports, temp_dir=self.folder)
+        self._start("head", "--head", f"--num-cpus={cpus}", *ports)
         self._wait(1)
 
     def join(self, count):
@@ -62,10 +62,8 @@ class Nodes:
             self.joined += 1
             names.append(f"node{self.joined}")
             address = f"--address={self.address}"
-            # A folder each: sockets of nodes that start at once would have one name.
-            folder = self.folder / names[-1]
             place = f'--resources={{"{names[-1]}": 1}}'
-            self._start(names[-1], address, "--num-cpus=2", place, temp_dir=folder)
+            self._start(names[-1], address, "--num-cpus=2", place)
         self._wait(1 + count)
         return names
 
@@ -85,15 +83,20 @@ class Nodes:
                     os.kill(pid, signal.SIGKILL)
         process.wait()
 
-    def _start(self, name, *options, temp_dir):
-        self.commands[name] = [RAY, "start", *OPTIONS, *options, f"--temp-dir={temp_dir}"]
+    def _start(self, name, *options):
+        self.commands[name] = [RAY, "start", *OPTIONS, *options]
         self._run(name)
 
     def _run(self, name):
         (agent,) = free_ports(1)
+        # A folder each time: sockets of nodes that start at once would have one name, and Ray takes
+        # what a dead head left there, with a node that still looks for it, for a head that lives.
+        self.started += 1
+        own = [f"--temp-dir={self.folder / str(self.started)}"]
+        own.append(f"--dashboard-agent-listen-port={agent}")
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
-                [*self.commands[name], f"--dashboard-agent-listen-port={agent}"],
+                [*self.commands[name], *own],
                 stdout=log,
                 stderr=log,
                 env=self.environment,
