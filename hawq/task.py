@@ -131,7 +131,6 @@ class Task(Objective, Protocol):
         ...
 
 
-@runtime_checkable
 class Distillable(Protocol):
     """What a task has besides, if its network may learn from an unquantized one."""
 
@@ -147,7 +146,6 @@ class Distillable(Protocol):
         ...
 
 
-@runtime_checkable
 class Pooled(Protocol):
     """What a task has besides, if its score is no mean over examples, such as COCO's mAP."""
 
@@ -163,7 +161,6 @@ class Pooled(Protocol):
         ...
 
 
-@runtime_checkable
 class Smoothed(Protocol):
     """What a task has besides, if its loss has no curvature where it should have some.
 

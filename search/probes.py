@@ -5,12 +5,10 @@ its index, so one that was lost with its worker is simply done again, and the su
 bits for any number of workers. Finished units are on disk at once: a stopped estimation goes on.
 """
 
-import json
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -34,8 +32,9 @@ from hawq.curvature.power_iteration import TopEigenvalues, top_eigenvalues
 from hawq.curvature.surface import loss_surface
 from hawq.task import Task, moved
 from search.errors import InputError
+from search.unit_file import UnitFile
 
-__all__ = ["ProbeWorker", "UnitFile", "WorkerPool", "estimate_on_workers"]
+__all__ = ["ProbeWorker", "WorkerPool", "estimate_on_workers"]
 
 # Enough to hide the round trip, few enough that an early stop wastes little.
 _IN_FLIGHT = 2
@@ -261,60 +260,6 @@ class WorkerPool:
         replacement = self._start()
         self._workers[self._workers.index(worker)] = replacement
         return replacement
-
-
-class UnitFile:
-    """Finished units on disk, one JSON line each, under a line that names their inputs.
-
-    Args:
-        path: The file.
-        inputs: Hash of what the units depend on; units of other inputs are discarded.
-    """
-
-    def __init__(self, path: Path, inputs: str) -> None:
-        self._path, self._inputs = path, inputs
-
-    def read(self, sites: Sequence[str] = ()) -> Iterator[tuple[int, UnitSums]]:
-        """Yield the units; a line cut short by a crash is left out.
-
-        Args:
-            sites: Names of the first groups, which a new file has in its first line for others who
-                read it.
-        """
-        lines = self._path.read_text().split("\n") if self._path.exists() else []
-        # An earlier version's line has no sites: its units are as good.
-        if not lines or not lines[0].startswith(json.dumps({"inputs": self._inputs})[:-1]):
-            header = {"inputs": self._inputs, "sites": list(sites)}
-            self._path.write_text(json.dumps(header) + "\n")
-            return
-        whole = lines[:-1]
-        for line in whole[1:]:
-            entry = json.loads(line)
-            yield (
-                entry["index"],
-                UnitSums(
-                    entry["batch"],
-                    entry["num_examples"],
-                    entry["num_probes"],
-                    np.array(entry["sums"]),
-                    float(entry["drawn"]),
-                ),
-            )
-        if lines[-1]:
-            self._path.write_text("\n".join(whole) + "\n")
-
-    def append(self, index: int, unit: UnitSums) -> None:
-        """Add one unit. JSON keeps every bit of a float."""
-        entry = {
-            "index": index,
-            "batch": unit.batch,
-            "num_examples": unit.num_examples,
-            "num_probes": unit.num_probes,
-            "sums": unit.sums.tolist(),
-            "drawn": unit.drawn,
-        }
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def estimate_on_workers(

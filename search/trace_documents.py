@@ -14,10 +14,10 @@ from search.events import Listener
 from search.folder import content_hash
 from search.machine import machine, versions
 from search.pipeline import trained
-from search.probes import UnitFile
 from search.stages.search import Search
 from search.traced import EigenvalueDocument, LossSurface, TraceDocument, TraceGroup
 from search.tracing import trace_on_cluster
+from search.unit_file import UnitFile
 
 __all__ = ["trace_blocks", "trace_network"]
 

@@ -24,7 +24,8 @@ from search.cluster import num_workers
 from search.config import CurvatureConfig, WorkersConfig
 from search.errors import InputError
 from search.events import Measures
-from search.probes import UnitFile, WorkerPool, estimate_on_workers
+from search.probes import WorkerPool, estimate_on_workers
+from search.unit_file import UnitFile
 
 __all__ = ["Progress", "Traced", "trace_on_cluster"]
 

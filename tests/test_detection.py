@@ -28,7 +28,7 @@ from search.spaces import reads_of, space_of
 from search.tasks.build import build_task
 from search.tasks.detection import DetectionTask
 from search.tasks.detectors import detector_config
-from search.tasks.folded import folded
+from search.tasks.folded import FoldedTask
 from search.tasks.mmcv_ops import serve_mmcv_ops
 
 serve_mmcv_ops()
@@ -122,7 +122,7 @@ def test_the_score_is_coco_s_own(rectangles):
 
 def test_a_folded_detector_keeps_the_contract_its_map_and_its_pictures(rectangles):
     task = make_task(rectangles)
-    wrapped = pickle.loads(pickle.dumps(folded(task)))
+    wrapped = pickle.loads(pickle.dumps(FoldedTask(task)))
     check_task(wrapped)
     assert not has_statistics(wrapped.model())
     plain, same = (pictured(t) for t in (task, wrapped))

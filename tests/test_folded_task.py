@@ -9,14 +9,13 @@ from oracles import NetTask, TinyTask
 from torch import nn
 
 from hawq.finetune.batch_norm import has_statistics
-from hawq.task import Distillable
 from hawq.testing import check_task
 from search.config import TaskConfig
 from search.errors import InputError
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights, save_state
 from search.tasks.classification import ClassificationTask
-from search.tasks.folded import folded, folding
+from search.tasks.folded import FoldedTask, folding
 
 DIGITS = ClassificationTask("digits", None, "resnet8", search_size=200)
 
@@ -28,18 +27,18 @@ def digits(**changes):
 
 @pytest.mark.parametrize("task", [DIGITS, TinyTask(num_examples=20)])
 def test_a_folded_task_keeps_the_contract(task):
-    wrapped = folded(task)
+    wrapped = FoldedTask(task)
     check_task(wrapped)
     assert wrapped.fingerprint != task.fingerprint
-    assert folded(task).fingerprint == pickle.loads(pickle.dumps(wrapped)).fingerprint
-    assert isinstance(wrapped, Distillable) == isinstance(task, Distillable)
+    assert FoldedTask(task).fingerprint == pickle.loads(pickle.dumps(wrapped)).fingerprint
+    assert hasattr(wrapped, "distillation") == hasattr(task, "distillation")
     assert not hasattr(wrapped, "pooled")  # else every process of a crew would score all examples
     assert not has_statistics(wrapped.model())
 
 
 def test_divergences_are_the_inner_task_s():
     outputs, wanted = torch.randn(3, 10), torch.randn(3, 10)
-    found = folded(DIGITS).distillation(outputs, wanted, 2.0)
+    found = FoldedTask(DIGITS).distillation(outputs, wanted, 2.0)
     assert torch.equal(found, DIGITS.distillation(outputs, wanted, 2.0))
 
 
@@ -72,7 +71,7 @@ def test_a_checkpoint_of_the_unfolded_network_loads(checkpoint):
 def test_a_checkpoint_of_another_network_is_refused_in_its_own_words(tmp_path):
     other = ClassificationTask("digits", None, "resnet14", search_size=200)
     save_state(tmp_path / "other.safetensors", other.model().state_dict())
-    model = folded(DIGITS).model()
+    model = FoldedTask(DIGITS).model()
     with pytest.raises(InputError, match=r"must fit SmallResNet, got unknown layer1.1.bn1.bias"):
         load_weights(model, tmp_path / "other.safetensors")
 
@@ -99,7 +98,7 @@ def test_a_network_without_anything_to_fold_is_refused_with_the_reason():
         build_task(config, seed=0)
     assert "task.fold_batch_norm: must be false" in str(caught.value)
     assert "norm: what it reads is not the output of a convolution" in str(caught.value)
-    assert folding(folded(DIGITS)).kept == {}
+    assert folding(FoldedTask(DIGITS)).kept == {}
 
 
 def test_folding_before_training_is_refused():

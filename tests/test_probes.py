@@ -28,9 +28,10 @@ from hawq.space import quantizable_layers
 from search import probes
 from search.config import CurvatureConfig, WorkersConfig
 from search.errors import InputError
-from search.probes import ProbeWorker, UnitFile, WorkerPool, estimate_on_workers
+from search.probes import ProbeWorker, WorkerPool, estimate_on_workers
 from search.tasks.classification import ClassificationTask
 from search.tracing import trace_on_cluster
+from search.unit_file import UnitFile
 
 DIGITS = {"data": "digits", "root": None, "network": "resnet8", "search_size": 100}
 TASK = ClassificationTask(**DIGITS)

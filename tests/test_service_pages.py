@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
+from playwright.sync_api import expect, sync_playwright
 from test_report import make_summary
 
 from hawq.curvature import UnitSums
@@ -19,7 +20,6 @@ from search.config import SearchConfig
 from search.events import Event, EventLog
 from search.folder import RunFolder
 from search.pipeline import stages_of
-from search.probes import UnitFile
 from search.report.palette import looks
 from search.service.app import Settings, create_app
 from search.service.pages.live_searches import learning_curves, read_learned
@@ -27,8 +27,8 @@ from search.service.pages.live_traces import (
     Units,
     convergence,
     first_look,
-    read_units,
     relative_errors,
+    units_so_far,
 )
 from search.service.pages.live_trials import read_study, study_curve
 from search.service.pages.side_by_side import Found, front_figure, rows
@@ -36,6 +36,7 @@ from search.service.pages.stages import events_of, pace, stage_names, stages_of_
 from search.service.record import Record
 from search.service.store import Store
 from search.service.tokens import Tokens
+from search.unit_file import UnitFile
 
 HOSTILE = "<img src=x onerror='window.hacked = 1'>"
 CONFIG = {
@@ -332,14 +333,14 @@ def test_a_first_look_has_the_error_of_its_probes():
 def test_a_file_of_units_tells_the_layers_to_those_who_watch(tmp_path):
     path = tmp_path / "units.jsonl"
     file = UnitFile(path, "inputs")
-    assert read_units(path) == Units((), ())
+    assert units_so_far(path) == Units((), ())
     assert list(file.read(["first", "second"])) == []
-    assert read_units(path) == Units(("first", "second"), ())
+    assert units_so_far(path) == Units(("first", "second"), ())
     for index in (4, 1):
         file.append(index, UnitSums.of(index, 8, np.ones((2, 2)), 2))
     with path.open("a") as cut_short:
         cut_short.write('{"index": 2, "ba')
-    assert [unit.batch for unit in read_units(path).sums] == [1, 4]
+    assert [unit.batch for unit in units_so_far(path).sums] == [1, 4]
 
 
 def test_units_of_an_earlier_version_are_as_good(tmp_path):
@@ -349,7 +350,7 @@ def test_units_of_an_earlier_version_are_as_good(tmp_path):
     path.write_text('{"inputs": "inputs"}\n')
     file.append(3, unit)
     assert [index for index, _ in file.read(["first"])] == [3]
-    assert first_look(read_units(path), "layer") is None
+    assert first_look(units_so_far(path), "layer") is None
 
 
 def test_errors_are_those_of_what_is_traced_now():
@@ -444,8 +445,6 @@ def browser():
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium")
-    from playwright.sync_api import sync_playwright  # noqa: PLC0415 (only where there is a browser)
-
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu"]
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
@@ -540,17 +539,18 @@ def test_two_searches_are_compared_by_the_keyboard_alone(service, visit):
 @pytest.mark.browser
 def test_a_phone_needs_no_sideways_move_in_light_and_dark(service, visit):
     page = visit("/login", viewport={"width": 390, "height": 844})
-    papers, inks = [], []
+    papers = []
     for path in ["/login", *PAGES[:3]]:
         page.goto(path.format(service.done, service.hostile))
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             assert page.evaluate("document.documentElement.scrollWidth") == 390, (path, scheme)
             papers.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-            ink = "[...document.querySelectorAll('#fronts .xtick text')].map(t => t.style.fill)[0]"
-            inks.append(page.evaluate(ink))
     assert papers == ["rgb(255, 255, 255)", "rgb(18, 23, 29)"] * 4
-    assert inks[-2:] == ["rgb(31, 41, 51)", "rgb(227, 232, 238)"]
+    # Figures are drawn again, which takes a moment.
+    for scheme, ink in (("light", "rgb(31, 41, 51)"), ("dark", "rgb(227, 232, 238)")):
+        page.emulate_media(color_scheme=scheme)
+        expect(page.locator("#fronts .xtick text").first).to_have_css("fill", ink)
 
 
 @pytest.mark.browser

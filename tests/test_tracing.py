@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import hawq
 from search.config import CurvatureConfig, WorkersConfig
 from search.errors import InputError
-from search.probes import UnitFile
 from search.tracing import trace_on_cluster
+from search.unit_file import UnitFile
 from tests.oracles import ResidualNet, TinyTask
 
 torch.set_num_threads(1)

@@ -4,7 +4,7 @@ Outputs are what the network returns while the task computes its losses, so any 
 distilled that says how far two outputs are from each other; see ``hawq.task.Distillable``.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,10 @@ def distilled_losses(
             one tensor.
     """
     refuse_undistillable(task)
-    assert isinstance(task, Distillable)
     losses, outputs = _losses_and_outputs(model, task, batch)
     with torch.no_grad():
         _, wanted = _losses_and_outputs(teacher, task, batch)
-    divergence = task.distillation(outputs.float(), wanted.float(), temperature)
+    divergence = cast(Distillable, task).distillation(outputs.float(), wanted.float(), temperature)
     if divergence.shape != losses.shape:
         raise ValueError(
             f"{type(task).__name__}.distillation must return shape {tuple(losses.shape)}, a value "
@@ -64,7 +63,8 @@ def refuse_undistillable(task: Task) -> None:
     Raises:
         ValueError: With the task's name.
     """
-    if not isinstance(task, Distillable):
+    # Not isinstance: what wraps a task passes on what it has.
+    if not hasattr(task, "distillation"):
         raise ValueError(
             f"distillation must be 0 for {type(task).__name__}, which has no method "
             "distillation(outputs, teacher_outputs, temperature)"

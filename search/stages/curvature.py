@@ -10,10 +10,10 @@ import numpy as np
 from hawq.curvature import Granularity, Subject
 from search.artefacts import CurvatureArtefact, TraceArtefact
 from search.folder import content_hash
-from search.probes import UnitFile
 from search.stages.eigenvalues import block_eigenvalues, eigenvalue_inputs
 from search.stages.search import Search
 from search.tracing import Traced, trace_on_cluster
+from search.unit_file import UnitFile
 
 __all__ = ["inputs", "make"]
 

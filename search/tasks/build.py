@@ -13,7 +13,7 @@ from search.errors import InputError
 from search.tasks.classification import ClassificationTask
 from search.tasks.examples import Batches
 from search.tasks.factories import FactoryNetwork, Network, called, checked_network, imported
-from search.tasks.folded import folded, folding
+from search.tasks.folded import FoldedTask, folding
 from search.tasks.given import Given, Loss, Made, given, given_task
 from search.tasks.imagenet import imagenet_task
 from search.tasks.portable import packed
@@ -36,7 +36,7 @@ def build_task(config: TaskConfig, seed: int) -> Task:
     plain = _plain_task(config, seed)
     if not config.fold_batch_norm:
         return plain
-    task = folded(plain)
+    task = FoldedTask(plain)
     found = folding(task)
     if not found.layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in found.kept.items())

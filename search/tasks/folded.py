@@ -6,23 +6,23 @@ Curvature, Ω and trials are then of the weights that integer hardware multiplie
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hawq.finetune import fold_batch_norm
 from hawq.finetune.folding import Foldable, foldable
-from hawq.task import Batch, Distillable, Factor, Task, curved
+from hawq.task import Batch, Factor, Task, curved
 
-__all__ = ["FoldedTask", "folded", "folding"]
+__all__ = ["FoldedTask", "folding"]
 
 
 @dataclass(frozen=True)
 class FoldedTask:
     """Another task with a folded network; see ``hawq.task.Task``.
 
-    What else the task has, it has too: a score that is no mean, pictures, remarks.
+    What else the task has, it has too: a score that is no mean, a divergence to learn by, pictures.
 
     Attributes:
         inner: The task as it was.
@@ -87,21 +87,6 @@ class FoldedTask:
         """Smooth the inner task, if it asks for that."""
         inner, what = curved(self.inner)
         return replace(self, inner=inner), what
-
-
-class _FoldedDistillableTask(FoldedTask):
-    """The same of a task whose network may learn from another."""
-
-    def distillation(self, outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-        """Return the inner task's divergences, shape (N,)."""
-        inner = cast(Distillable, self.inner)
-        return inner.distillation(outputs, teacher_outputs, temperature)
-
-
-def folded(task: Task) -> FoldedTask:
-    """Fold a task's network; it may learn from another one if the task's could."""
-    is_distillable = isinstance(task, Distillable)
-    return _FoldedDistillableTask(task) if is_distillable else FoldedTask(task)
 
 
 def folding(task: FoldedTask) -> Foldable:

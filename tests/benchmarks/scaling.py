@@ -18,10 +18,11 @@ import torch
 from hawq.curvature import TraceEstimate, plan_traces
 from hawq.space import quantizable_layers
 from search.cluster import connected
-from search.probes import UnitFile, WorkerPool, estimate_on_workers
+from search.probes import WorkerPool, estimate_on_workers
 from search.tasks.checkpoint import load_weights
 from search.tasks.classification import ClassificationTask
 from search.tasks.networks import SmallResNet
+from search.unit_file import UnitFile
 from tests.benchmarks.record import Row, record
 
 # So many that starting up, which no worker shares, does not hide the rate.

@@ -1,6 +1,5 @@
 """Traces under way: what one look at the batches tells, how estimates settle, how sure they are."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from search.report.named_axis import show_names
 from search.report.palette import Look, looks
 from search.report.quantities import significant
 from search.service.pages.count_axis import show_counts
+from search.unit_file import read_units
 
-__all__ = ["Units", "convergence", "first_look", "read_units", "relative_errors"]
+__all__ = ["Units", "convergence", "first_look", "relative_errors", "units_so_far"]
 
 _MAX_UNITS_BYTES = 16 << 20
 _MAX_ROUNDS = 12
@@ -40,23 +40,11 @@ class Units:
     sums: tuple[UnitSums, ...]
 
 
-def read_units(path: Path) -> Units:
+def units_so_far(path: Path) -> Units:
     """Read an estimation's file of units; of one too large to be read every few seconds, none."""
     if not path.exists() or path.stat().st_size > _MAX_UNITS_BYTES:
         return Units((), ())
-    header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or ["{}"]
-    found: dict[int, UnitSums] = {}
-    for line in lines:
-        unit = json.loads(line)
-        found[unit["index"]] = UnitSums(
-            unit["batch"],
-            unit["num_examples"],
-            unit["num_probes"],
-            np.array(unit["sums"]),
-            float(unit["drawn"]),
-        )
-    sites = json.loads(header).get("sites", ())  # an earlier version told none
-    return Units(tuple(sites), tuple(found[index] for index in sorted(found)))
+    return Units(*read_units(path))
 
 
 def first_look(units: Units, noun: str) -> go.Figure | None:

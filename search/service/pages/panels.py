@@ -33,8 +33,8 @@ from search.service.pages.live_traces import (
     Units,
     convergence,
     first_look,
-    read_units,
     relative_errors,
+    units_so_far,
 )
 from search.service.pages.live_trials import (
     read_scored,
@@ -240,7 +240,7 @@ def _curvature(
     folder: SearchFolder, config: SearchConfig, curvature: CurvatureArtefact | None
 ) -> Iterator[Panel]:
     told = [e for e in events_of(folder.events) if e.stage == "curvature"]
-    units = {of: read_units(folder.run / name) for of, name in _UNITS.items()}
+    units = {of: units_so_far(folder.run / name) for of, name in _UNITS.items()}
     now: Kind = "activations" if units["activations"].sums else "weights"
     for of in _KINDS:
         part = curvature if curvature is None or of == "weights" else curvature.activations
