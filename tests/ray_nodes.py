@@ -37,7 +37,7 @@ class Nodes:
         self.gcs, self.board, self.client = free_ports(3)
         self.address = f"{get_node_ip_address()}:{self.gcs}"
         self.dashboard = f"http://127.0.0.1:{self.board}"
-        self.running, self.commands = {}, {}
+        self.running, self.commands, self.folders = {}, {}, {}
         self.joined = self.started = 0
 
     def __enter__(self):
@@ -92,7 +92,8 @@ class Nodes:
         # A folder each time: sockets of nodes that start at once would have one name, and Ray takes
         # what a dead head left there, with a node that still looks for it, for a head that lives.
         self.started += 1
-        own = [f"--temp-dir={self.folder / str(self.started)}"]
+        self.folders[name] = self.folder / str(self.started)
+        own = [f"--temp-dir={self.folders[name]}"]
         own.append(f"--dashboard-agent-listen-port={agent}")
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(

@@ -60,7 +60,7 @@ def live(test):
 def prometheus(nodes):
     """Ask a Prometheus that watches a cluster as our own file says, but ten times as often."""
     text = (CONFIGS / "grafana" / "prometheus.yml").read_text()
-    for ours, here in (("/tmp/ray/", f"{nodes.folder}/"), ("10s", "1s")):
+    for ours, here in (("/tmp/ray/", f"{nodes.folders['head']}/"), ("10s", "1s")):
         assert ours in text
         text = text.replace(ours, here)
     path, (port,) = nodes.folder / "prometheus.yml", free_ports(1)
