@@ -148,9 +148,11 @@ def measured_lines(found: Measured) -> Iterator[str]:
     )
     if not found.is_same_task:
         yield "The file was exported for another network, other data or other splits."
+    ratio = found.float_bytes / found.num_bytes
+    compared = f"{ratio:.2f} times smaller than" if ratio >= 1 else f"{1 / ratio:.2f} times"
     yield (
-        f"size      {found.num_bytes:,} bytes, {found.float_bytes / found.num_bytes:.2f} times "
-        f"smaller than the {found.float_bytes:,} of the network's tensors in 32 bits"
+        f"size      {found.num_bytes:,} bytes, {compared} the {found.float_bytes:,} of the network's "
+        f"tensors in 32 bits"
     )
     if found.file.format == "onnx":
         error = found.file.about["max_error"]
