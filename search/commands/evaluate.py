@@ -151,8 +151,8 @@ def measured_lines(found: Measured) -> Iterator[str]:
     ratio = found.float_bytes / found.num_bytes
     compared = f"{ratio:.2f} times smaller than" if ratio >= 1 else f"{1 / ratio:.2f} times"
     yield (
-        f"size      {found.num_bytes:,} bytes, {compared} the {found.float_bytes:,} of the network's "
-        f"tensors in 32 bits"
+        f"size      {found.num_bytes:,} bytes, {compared} the {found.float_bytes:,} of the "
+        f"network's tensors in 32 bits"
     )
     if found.file.format == "onnx":
         error = found.file.about["max_error"]

@@ -15,6 +15,7 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    make_url,
 )
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
@@ -38,6 +39,7 @@ searches = Table(
     Column("record", Text, nullable=False),
     UniqueConstraint("owner", "key_hash"),
     Index("by_time", "submitted", "id"),
+    Index("by_owner_and_time", "owner", "submitted", "id"),
 )
 
 tokens = Table(
@@ -68,11 +70,14 @@ def opened(url: str) -> Engine:
         InputError: If it cannot be opened.
     """
     try:
-        # Without asking first, a restarted server fails the next request.
-        engine = create_engine(url, pool_pre_ping=True)
-        if engine.dialect.name == "sqlite":
+        is_file = make_url(url).get_backend_name() == "sqlite"
+        # Without asking first, the next request after a server's restart would fail.
+        engine = create_engine(url, pool_pre_ping=not is_file)
+        if is_file:
             event.listen(engine, "connect", _as_a_server)
         _metadata.create_all(engine)
+        for index in searches.indexes:  # those of tables that an earlier version made
+            index.create(engine, checkfirst=True)
     except (ArgumentError, NoSuchModuleError, ImportError, SQLAlchemyError) as error:
         # The URL may hold a password, so it is not repeated.
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]

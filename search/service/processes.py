@@ -15,6 +15,8 @@ from search.service.record import Record, SearchFolder
 __all__ = ["Processes"]
 
 _TERM_SECONDS = 5.0
+# Of Ray's workers, unless its own setting says otherwise.
+_NICENESS = "15"
 
 
 @dataclass(slots=True)
@@ -45,7 +47,9 @@ class Processes:
         """
         if record.attempt_id in self._children:
             return
-        command = [sys.executable, "-m", "search.service.driver"]
+        # An attempt yields to the service, as its workers do, so that this answers beside it.
+        command = ["nice", "-n", self._environment.get("RAY_worker_niceness", _NICENESS)]
+        command += [sys.executable, "-m", "search.service.driver"]
         process = subprocess.Popen(
             [*command, str(folder.path), str(record.attempt), self._ray.address()],
             stdin=subprocess.DEVNULL,

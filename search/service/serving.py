@@ -75,6 +75,7 @@ def serve(
             host=host,
             port=port,
             log_config=None,
+            access_log=False,
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
 

@@ -5,6 +5,7 @@ folders when the service starts, so that a death between the two is mended.
 """
 
 import hashlib
+import os
 import re
 import secrets
 import shutil
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from sqlalchemy import delete, insert, select
@@ -19,10 +21,11 @@ from sqlalchemy import delete, insert, select
 from search.config import SearchConfig
 from search.service.database import index_url, opened, searches
 from search.service.demand import demand
-from search.service.record import ENDED, Record, SearchFolder, State
+from search.service.record import ENDED, Heartbeat, Record, SearchFolder, State
 
 __all__ = ["KeyReusedError", "NoSearchError", "Page", "SearchActiveError", "Store"]
 
+_MOST_KNOWN = 4096
 _ID = re.compile(r"[a-z0-9]{12}")
 
 
@@ -140,6 +143,16 @@ class Store:
             raise NoSearchError(search)
         return record
 
+    def heartbeat(self, search: str) -> Heartbeat | None:
+        """Return the latest sign of life of a search's driver; None if there was none."""
+        # A Path's own way takes twice as long, and a list asks for hundreds.
+        path = f"{self._searches}/{search}"
+        try:
+            status = os.stat(f"{path}/heartbeat.json")
+        except FileNotFoundError:
+            return None
+        return _heartbeat(path, status.st_ino, status.st_mtime_ns)
+
     def change(self, search: str, how: Callable[[Record], Record]) -> Record:
         """Change a record; ``how`` sees it as it is now, and may refuse by an exception.
 
@@ -189,7 +202,7 @@ class Store:
             query = query.where((searches.c.submitted < last.submitted) | same_time)
         with self.engine.connect() as connection:
             found = connection.scalars(query.limit(limit + 1)).all()
-        records = [Record.model_validate_json(text) for text in found[:limit]]
+        records = [_record(text) for text in found[:limit]]
         return Page(records, records[-1].id if len(found) > limit else None)
 
     def active(self) -> list[Record]:
@@ -201,7 +214,7 @@ class Store:
         )
         with self.engine.connect() as connection:
             found = connection.scalars(query).all()
-        return [Record.model_validate_json(text) for text in found]
+        return [_record(text) for text in found]
 
     def delete(self, search: str) -> None:
         """Delete a search and all that it found.
@@ -251,6 +264,19 @@ class Store:
         with self.engine.begin() as connection:
             connection.execute(delete(searches).where(searches.c.id == record.id))
             connection.execute(insert(searches), _row(record))
+
+
+@lru_cache(maxsize=_MOST_KNOWN)
+def _record(text: str) -> Record:
+    """Read a record, once for all lists that it is in."""
+    return Record.model_validate_json(text)
+
+
+@lru_cache(maxsize=_MOST_KNOWN)
+def _heartbeat(path: str, inode: int, modified: int) -> Heartbeat | None:
+    """Read a heartbeat, once for all who ask; a new one is another file."""
+    del inode, modified  # they are there for the cache alone
+    return SearchFolder(Path(path)).heartbeat()
 
 
 def _row(record: Record) -> dict[str, object]:

@@ -1,10 +1,10 @@
 """Files that grow, as they are read by those who watch."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from pydantic_core import from_json
 from sse_starlette import ServerSentEvent
 
 __all__ = ["follow", "follow_events", "whole_lines"]
@@ -65,11 +65,8 @@ async def follow_events(
     """
     while True:
         last, lines = await asyncio.to_thread(lambda at: (end(), whole_lines(path, at)), offset)
-        messages = [
-            ServerSentEvent(data=line.decode(), id=str(at)).encode()
-            for at, line in lines
-            if _is_json(line)
-        ]
+        # As ServerSentEvent would write them one by one, which is most of what a request costs.
+        messages = [b"id: %d\r\ndata: %s\r\n\r\n" % told for told in lines if _is_json(told[1])]
         if messages:
             yield b"".join(messages)
         if lines:
@@ -93,7 +90,7 @@ def _read(path: Path, offset: int) -> bytes:
 def _is_json(line: bytes) -> bool:
     """Tell whether a line is whole: a kill may have cut one short."""
     try:
-        json.loads(line)
+        from_json(line)
     except ValueError:
         return False
     return True

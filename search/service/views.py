@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from search.events import Event
-from search.service.record import Heartbeat, Record, SearchFolder, State
-from search.service.store import NoSearchError, Page, Store
+from search.service.record import Record, SearchFolder, State
+from search.service.store import Page, Store
 
 __all__ = [
     "Artefact",
@@ -76,41 +75,17 @@ class Health(_View):
 
 
 def view(store: Store, record: Record) -> SearchView:
-    """Show a search."""
+    """Show a search, and what the driver of its latest attempt told last."""
     told = {name: getattr(record, name) for name in _OF_RECORD}
+    heartbeat = store.heartbeat(record.id) if record.attempt else None
+    latest = heartbeat.latest if heartbeat and heartbeat.attempt == record.attempt else None
     # Both were checked when they were read: a list has hundreds of them.
-    return SearchView.model_construct(**told, latest=_latest(store, record))
-
-
-def _latest(store: Store, record: Record) -> Event | None:
-    """Return what the driver of the latest attempt told last."""
-    if not record.attempt:
-        return None
-    folder = store.folder(record.id)
-    try:
-        status = (folder.path / "heartbeat.json").stat()
-    except FileNotFoundError:
-        return None
-    heartbeat = _heartbeat(folder.path, status.st_ino, status.st_mtime_ns)
-    return heartbeat.latest if heartbeat and heartbeat.attempt == record.attempt else None
-
-
-@lru_cache(maxsize=4096)
-def _heartbeat(path: Path, inode: int, modified: int) -> Heartbeat | None:
-    """Read a heartbeat, once for all who ask; a new one is another file."""
-    del inode, modified  # they are there for the cache alone
-    return SearchFolder(path).heartbeat()
+    return SearchView.model_construct(**told, latest=latest)
 
 
 def page_view(store: Store, page: Page) -> SearchPage:
-    """Show some searches; one that is deleted in this moment is left out."""
-    found = []
-    for record in page.records:
-        try:
-            found.append(view(store, record))
-        except NoSearchError:
-            continue
-    return SearchPage(searches=found, after=page.after)
+    """Show some searches."""
+    return SearchPage(searches=[view(store, record) for record in page.records], after=page.after)
 
 
 def artefacts_of(folder: SearchFolder) -> list[Artefact]:
