@@ -127,6 +127,18 @@ def test_layers_that_share_a_weight_share_its_quantizer():
     assert model[0].weight is model[1].weight is shared
 
 
+def test_an_embedding_that_is_tied_to_a_layer_is_quantized_with_it():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    model[0].weight = model[1].weight
+    shared = model[1].weight
+    quantize_all(model, {"1": 2}, 4, torch.arange(5)[None])
+    assert torch.equal(model[0].weight, model[1].weight)
+    assert not torch.equal(model[0].weight, shared)
+    detach(model)
+    assert model[0].weight is model[1].weight is shared
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "1.bias"]
+
+
 def test_layers_that_are_not_named_are_left_alone():
     model = network()
     weight = model.conv1.weight

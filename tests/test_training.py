@@ -122,6 +122,32 @@ def test_a_split_smaller_than_a_batch_is_refused_before_any_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+class Volume(nn.Module):
+    """Convolutions of one, two and three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.plane, self.volume = nn.Conv2d(2, 2, 3), nn.Conv3d(2, 2, (1, 3, 3))
+        self.line, self.head = nn.Conv1d(2, 2, 3, padding=1), nn.Linear(2, 4)
+
+    def forward(self, x):
+        x = self.volume(self.plane(x)[:, :, None]).relu().flatten(2)
+        return self.head(self.line(x).mean(2))
+
+
+def test_convolutions_of_every_dimension_are_trained(tmp_path):
+    class Volumes(TinyTask):
+        def model(self):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return Volume()
+
+    task = Volumes(num_examples=32)
+    model = task.model()
+    fit(model, task, RECIPE, folder=tmp_path, seed=0)
+    assert not any(map(torch.equal, model.parameters(), task.model().parameters()))
+
+
 # --- averages -----------------------------------------------------------------------------------
 
 

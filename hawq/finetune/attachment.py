@@ -5,7 +5,7 @@ is not touched. An activation is a tensor: layers that read the same one share i
 layer that runs several times has one for each call.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +76,8 @@ def attach(
         weight = _weight(layers[name][0])
         _check_channels(f"w:{name}", width, len(weight))
         shared = WeightQuantizer(weight, width, schemes.weights)
-        for layer in layers[name]:
-            parametrize.register_parametrization(layer, "weight", shared)
+        for module in _holders(model, layers[name]):
+            parametrize.register_parametrization(module, "weight", shared)
 
 
 @torch.no_grad()
@@ -113,20 +113,18 @@ def fixed_activations(
 
 def detach(model: nn.Module) -> None:
     """Remove every quantizer; weights are again the ones that training moved, bit for bit."""
-    for layer in [layer for sharers in sharing_layers(model).values() for layer in sharers]:
-        if parametrize.is_parametrized(layer, "weight"):
-            # Torch is about to edit the layer's class, which copies of the network share.
-            shared = type(layer)
-            layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    for module in list(model.modules()):
+        if _is_quantized(module):
+            # Torch is about to edit the module's class, which copies of the network share.
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             # It came back behind the bias; optimizers go by the order of parameters.
-            bias = layer.bias
-            assert bias is None or isinstance(bias, nn.Parameter)
-            del layer.bias
-            layer.register_parameter("bias", bias)
-        if hasattr(layer, "input_quantizer"):
-            _remove_hook(layer, _quantize_input)
-            del layer.input_quantizer
+            for name in [name for name in module._parameters if name != "weight"]:
+                module._parameters[name] = module._parameters.pop(name)
+        if hasattr(module, "input_quantizer"):
+            _remove_hook(module, _quantize_input)
+            del module.input_quantizer
     _remove_hook(model, _start_over)
 
 
@@ -171,6 +169,23 @@ def _attach_to_activations(
         layer.add_module("input_quantizer", of_calls[0] if len(of_calls) == 1 else _Calls(of_calls))
     if any(isinstance(module, _Calls) for module in model.modules()):
         model.register_forward_pre_hook(_start_over)
+
+
+def _holders(model: nn.Module, sharers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Add to layers what else has their weight: an embedding that is tied to one, say."""
+    weight = sharers[0]._parameters.get("weight")
+    others = [
+        m for m in model.modules() if weight is not None and m._parameters.get("weight") is weight
+    ]
+    return list(dict.fromkeys([*sharers, *others]))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    return any(isinstance(m, WeightQuantizer) for m in parametrizations["weight"].modules())
 
 
 def _weight(layer: nn.Module) -> Tensor:
