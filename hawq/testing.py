@@ -11,7 +11,8 @@ cannot see: whether the constructor is cheap, and whether the splits share examp
 
 import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +43,33 @@ def check_task(task: Task) -> None:
     Raises:
         TaskContractError: At the first rule that is broken.
     """
-    _check_description(task)
+    with _running("the task's description"):
+        _check_description(task)
     for split in _SPLITS:
-        _check_batches(task, split)
-    _check_augmentation(task)
-    model = _checked_model(task)
+        with _running(f"size, batch and inputs of split {split!r}"):
+            _check_batches(task, split)
+    with _running("augment"):
+        _check_augmentation(task)
+    with _running("model()"):
+        model = _checked_model(task)
     with evaluating(model):
         _check_forward(task, model)
         for split in _SPLITS:
-            _check_per_example(task, model, split)
-        _check_curvature(task, model)
+            with _running(f"losses and scores of split {split!r}"):
+                _check_per_example(task, model, split)
+        with _running("curvature"):
+            _check_curvature(task, model)
+
+
+@contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Say which part of a task it is that fails."""
+    try:
+        yield
+    except TaskContractError:
+        raise
+    except Exception as error:  # it is the user's: anything may happen in it
+        raise TaskContractError(f"{what} must not fail, got {_line(error)}") from error
 
 
 def _check_description(task: Task) -> None:
@@ -297,7 +315,7 @@ def _stacks(single: Sequence[Batch], whole: Batch) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _shape(value: object) -> tuple[int, ...] | str:

@@ -255,6 +255,11 @@ class Pair(Depthwise):
         return super().forward(x), x
 
 
+class Keyed(Depthwise):
+    def forward(self, batch):
+        return super().forward(batch.get("image"))
+
+
 def breaking():
     raise OSError("no such weights")
 
@@ -308,7 +313,15 @@ SHAPE = r"\(2, 3, 8, 8\)"
         ),
         (
             (Pair, splits(), None, squared),
-            r"loss of outputs tuple: must not fail, got TypeError",
+            r"loss: must be given where outputs are no tensor, got outputs tuple: a function of",
+        ),
+        (
+            (Pair, splits(), lambda o, t: o[0].sum(1)),
+            r"metric: must be given where outputs are no classes.*, got outputs tuple: a function",
+        ),
+        (
+            (Keyed, splits()),
+            rf"given one tensor of shape {SHAPE}: must not fail.*wrap it in a module whose forward",
         ),
         ((nn.Linear(7, 2), splits()), rf"given one tensor of shape {SHAPE}: must not fail"),
         ((Depthwise, splits(), lambda o, t: o.sum(1) / 0), r"loss: must be finite, got"),

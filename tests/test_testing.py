@@ -46,6 +46,36 @@ class Forgetful(TinyTask):
         return str(id(self))
 
 
+class Gone(TinyTask):
+    def batch(self, split, indices):
+        raise OSError("no such disk\nat all")
+
+
+class TwoSplits(TinyTask):
+    def size(self, split):
+        return {"train": 12, "test": 12}[split]
+
+
+class Fixed(TinyTask):
+    def augment(self, batch):
+        return batch
+
+
+class Unbuilt(TinyTask):
+    def model(self):
+        raise StopIteration
+
+
+class Unpacked(TinyTask):
+    def scores(self, model, batch):
+        return model(batch)
+
+
+class Uncurved(TinyTask):
+    def curvature(self, model, batch):
+        raise RuntimeError
+
+
 class Nameless(TinyTask):
     fingerprint = ""
 
@@ -233,6 +263,12 @@ BROKEN = {
     NoNetwork: r"model\(\) must return an nn\.Module, got NoneType",
     TwoInputs: "must take what inputs returns, one tensor, got TypeError: .*'weights'",
     NoFactors: r"curvature must return outputs and factors, or None, got \(4, 4\)",
+    Gone: r"size, batch and inputs of split 'train' must not fail, got OSError: no such disk$",
+    TwoSplits: r"inputs of split 'search' must not fail, got KeyError: 'search'",
+    Fixed: r"augment must not fail, got TypeError: .* takes 2 positional arguments",
+    Unbuilt: r"model\(\) must not fail, got StopIteration: $",
+    Unpacked: r"losses and scores of split 'train' must not fail, got [A-Z]\w+Error",
+    Uncurved: r"curvature must not fail, got RuntimeError: $",
     NoTask: r"every member of hawq.task.Task, got no \['augment', 'batch', ",
 }
 

@@ -12,7 +12,14 @@ from search.config import DetectorConfig, TaskConfig
 from search.errors import InputError
 from search.tasks.classification import ClassificationTask
 from search.tasks.examples import Batches
-from search.tasks.factories import FactoryNetwork, Network, called, checked_network, imported
+from search.tasks.factories import (
+    FactoryNetwork,
+    Network,
+    called,
+    checked_network,
+    imported,
+    outputs_of,
+)
 from search.tasks.folded import FoldedTask, folding
 from search.tasks.given import Given, Loss, Made, given, given_task
 from search.tasks.imagenet import imagenet_task
@@ -196,11 +203,8 @@ def _refuse_broken(task: Task, where: str) -> None:
             f"{where}: inputs must return one tensor, got {type(inputs).__name__}: pack its parts "
             "into one, and wrap the network in a module that takes them apart"
         )
-    shape = tuple(inputs.shape)
+    outputs_of(model, inputs, f"{where}: the network")
     with torch.no_grad():
-        called(
-            lambda: model(inputs), {}, f"{where}: the network, given one tensor of shape {shape}"
-        )
         for name, measure in (("losses", task.losses), ("scores", task.scores)):
             values = called(lambda m=measure: m(model, batch), {}, f"{where}: {name}")
             if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != 1:
@@ -217,12 +221,7 @@ def _refuse_misfit(network: Network, images: Tensor, seed: int) -> int:
     Raises:
         InputError: If it does not take them, or returns no classes.
     """
-    model = network.build(seed)
-    shape = tuple(images.shape)
-    with torch.no_grad():
-        outputs = called(
-            lambda: model(images), {}, f"the network, given one tensor of shape {shape}"
-        )
+    outputs = outputs_of(network.build(seed), images)
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(

@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from search.errors import InputError
 from search.tasks.portable import packed, unpacked
 
-__all__ = ["FactoryNetwork", "Network", "called", "checked_network", "imported", "source_of"]
+__all__ = [
+    "FactoryNetwork",
+    "Network",
+    "called",
+    "checked_network",
+    "imported",
+    "outputs_of",
+    "source_of",
+]
 
 
 class Network(Protocol):
@@ -154,6 +162,31 @@ def checked_network(made: object, where: str) -> nn.Module:
             "packs them into one, and says how to get the loss"
         ) from error
     return made.float().cpu().eval()
+
+
+def outputs_of(model: nn.Module, inputs: Tensor, where: str = "the network") -> Any:
+    """Run a network of the user's once, without gradients.
+
+    Args:
+        model: The network.
+        inputs: One tensor.
+        where: What it is called in messages.
+
+    Raises:
+        InputError: If it fails, whatever the reason.
+    """
+    shape = tuple(inputs.shape)
+    try:
+        with torch.no_grad():
+            return called(lambda: model(inputs), {}, f"{where}, given one tensor of shape {shape}")
+    except InputError as error:
+        if not isinstance(error.__cause__, TypeError | IndexError | AttributeError):
+            raise
+        # As of a forward that takes a dict: a tensor has neither its keys nor its methods.
+        raise InputError(
+            f"{error}: if it takes a dict or a list, wrap it in a module whose forward takes one "
+            "tensor and hands on its parts"
+        ) from error
 
 
 def source_of(thing: object) -> str:

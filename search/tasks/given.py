@@ -26,7 +26,7 @@ from search.folder import write_atomically
 from search.tasks.checkpoint import state_sha256
 from search.tasks.cross_entropy import is_right, softened_divergence
 from search.tasks.examples import SPLITS, Batches, Rows, gathered, picked
-from search.tasks.factories import called, checked_network, source_of
+from search.tasks.factories import called, checked_network, outputs_of, source_of
 from search.tasks.portable import packed, unpacked
 
 __all__ = ["Given", "GivenTask", "Made", "Stored", "given", "given_task", "store", "stored"]
@@ -292,18 +292,24 @@ def _make(maker: bytes) -> Given:
 def _refuse_misfits(task: GivenTask, found: Given) -> None:
     """Run two examples, and refuse a loss or a metric that does not take what comes of them."""
     model, batch = task.model(), task.batch("train", torch.arange(min(2, task.size("train"))))
-    shape = tuple(batch[0].shape)
-    with torch.no_grad():
-        outputs = called(
-            lambda: model(batch[0]), {}, f"the network, given one tensor of shape {shape}"
+    outputs = outputs_of(model, batch[0])
+    is_tensor = isinstance(outputs, Tensor)
+    kind = tuple(outputs.shape) if is_tensor else type(outputs).__name__
+    if found.loss is None and not is_tensor:
+        raise InputError(
+            f"loss: must be given where outputs are no tensor, got outputs {kind}: a function of "
+            "outputs and targets that returns one value an example"
         )
-        kind = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if found.metric is None and not (is_tensor and outputs.ndim == 2):
+        raise InputError(
+            f"metric: must be given where outputs are no classes (N, C), got outputs {kind}: a "
+            "function of outputs and targets that returns one value an example"
+        )
+    with torch.no_grad():
         for what, measure in (("loss", task.losses), ("metric", task.scores)):
             values = called(lambda m=measure: m(model, batch), {}, f"{what} of outputs {kind}")
             if not bool(torch.isfinite(values).all()):
                 raise InputError(f"{what}: must be finite, got {values.tolist()}")
-    if found.metric is None and not (isinstance(outputs, Tensor) and outputs.ndim == 2):
-        raise InputError(f"metric: must be given where outputs are no classes (N, C), got {kind}")
 
 
 def _losses(loss: Loss | None, outputs: Any, targets: Any) -> Tensor:
