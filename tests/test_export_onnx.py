@@ -1,6 +1,8 @@
 """ONNX graphs and torch programs compute what the packed network does."""
 
+import inspect
 import io
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -150,6 +152,28 @@ def test_what_onnx_lacks_is_named_with_what_is_used_instead():
     assert "no odd codes: classes#0 are shifted by half a step" in notes
     eight = quantized(8, Schemes(Scheme(learning="dorefa")))
     assert any("int16" in note for note in onnx_graph(pack(eight), heads(), IMAGES[:2]).notes)
+
+
+class Deciding(nn.Module):
+    """Goes by its sizes, which is well, and by its values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        if x.shape[2] > 2:
+            x = 2 * x
+        if x.sum() > 0:
+            x = -x
+        return self.layer(x)
+
+
+def test_code_that_goes_by_values_is_named_for_a_graph_holds_one_decision():
+    (note,) = onnx_graph(pack(Deciding()), Deciding(), IMAGES[:2]).notes
+    line = inspect.getsourcelines(Deciding)[1] + 10
+    assert f"the values of tensors at {Path(__file__).name}:{line}: the graph" in note
+    assert not onnx_graph(pack(nn.Conv2d(3, 2, 1)), nn.Conv2d(3, 2, 1), IMAGES[:2]).notes
 
 
 def test_scales_are_one_for_each_output_channel():

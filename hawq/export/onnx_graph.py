@@ -8,16 +8,19 @@ multiplies by the reciprocal: a value in the middle between two codes may fall t
 """
 
 import io
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hawq.export.packed import Packed, QuantizedTensor, QuantizedWeight, Rounding, load
@@ -32,6 +35,16 @@ _DOMAIN, _MARK = "hawq", "Rounding"
 # The exporter's latest opset, and the first one with integers of 4 bits; nothing else that
 # exported networks use differs between the two.
 _EXPORTED_OPSET, _OPSET, _IR_VERSION = 20, 21, 10
+# What hands a tensor's values to Python. Sizes are numbers already, and none of these.
+_READING = {
+    Tensor.__bool__,
+    Tensor.__int__,
+    Tensor.__float__,
+    Tensor.__index__,
+    Tensor.item,
+    Tensor.tolist,
+}
+_TORCH = str(Path(torch.__file__).parent)
 _MIDDLE = 128  # the code of zero where a tensor has signs: kernels are fastest for uint8
 
 
@@ -67,12 +80,16 @@ def onnx_graph(
 
     network = _Flat(load(packed, model)).eval()
     marks = _mark(network)
-    exported = onnx.load_from_string(_exported(network, example, marks, is_dynamic))
+    with torch.no_grad(), _Decisions() as decisions:
+        num_outputs = len(network(example))
+    content = _exported(network, example, marks, num_outputs, is_dynamic=is_dynamic)
+    exported = onnx.load_from_string(content)
     graph = exported.graph
     _free_biases(graph, packed, marks)
     notes = [
         *_insert_weights(graph, packed.weights),
         *_insert_tensors(graph, packed.tensors, marks),
+        *decisions.told(),
     ]
     exported.ir_version = _IR_VERSION
     del exported.opset_import[:]
@@ -90,6 +107,31 @@ class _Flat(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(leaf for leaf in tree_leaves(self.network(x)) if isinstance(leaf, Tensor))
+
+
+class _Decisions(TorchFunctionMode):
+    """Finds where code reads a tensor's values: a graph holds what it made of the example's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, None] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in _READING:
+            frames = traceback.extract_stack()[:-1]
+            frame = next(f for f in reversed(frames) if not f.filename.startswith(_TORCH))
+            self.places[f"{Path(frame.filename).name}:{frame.lineno}"] = None
+        return function(*args, **(kwargs or {}))
+
+    def told(self) -> Iterator[str]:
+        """Say so."""
+        if self.places:
+            yield (
+                f"code goes by the values of tensors at {', '.join(self.places)}: the graph holds what "
+                "was decided for one batch, and is wrong where another needs otherwise"
+            )
 
 
 class _Mark(nn.Module):
@@ -126,9 +168,10 @@ def _mark(network: nn.Module) -> list[_Mark]:
     return marks
 
 
-def _exported(network: nn.Module, example: Tensor, marks: list[_Mark], is_dynamic: bool) -> bytes:
-    with torch.no_grad():
-        outputs = [f"output_{i}" for i in range(len(network(example)))]
+def _exported(
+    network: nn.Module, example: Tensor, marks: list[_Mark], num_outputs: int, *, is_dynamic: bool
+) -> bytes:
+    outputs = [f"output_{i}" for i in range(num_outputs)]
     names = [INPUT, *outputs]
     buffer: Any = io.BytesIO()  # any file will do, whatever the signature says
     with warnings.catch_warnings():
