@@ -251,6 +251,7 @@ def test_a_body_that_is_too_large_is_refused_however_it_comes(service):
         ("limit=many", "limit"),
         ("state=lost", "state"),
         ("name=..%2F..", "name"),
+        ("owner=nul%00", "owner"),
     ],
 )
 def test_a_wrong_query_is_refused_by_its_name(service, query, field):
@@ -260,7 +261,9 @@ def test_a_wrong_query_is_refused_by_its_name(service, query, field):
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "tab\t", "nul\0"])
 def test_a_name_that_is_no_name_is_refused(service, name):
     answer = service.ask("POST", "/v1/searches", params={"name": name}, json=BODY)
-    refused(answer, 422, "name")
+    (mistake,) = refused(answer, 422, "name")["errors"]
+    assert mistake["detail"].startswith("must match ^[A-Za-z0-9]")
+    assert mistake["detail"].endswith(f", got {name!r}")
 
 
 def test_a_wrong_path_and_a_wrong_method_are_problems_too(service):

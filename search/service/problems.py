@@ -22,6 +22,7 @@ from search.service.tokens import TokenRefusedError
 __all__ = ["Mistake", "Problem", "answer_with_problems", "problem"]
 
 _MEDIA = "application/problem+json"
+_SHOWN = 80
 
 
 class Mistake(BaseModel):
@@ -112,7 +113,10 @@ def _found(error: Mapping[str, Any], body: object) -> Mistake:
     """Return what one of FastAPI's errors stands for, in the words of the command line."""
     place, *path = error["loc"]
     if place != "body":
-        return Mistake(field=".".join(map(str, path)), detail=error["msg"])
+        detail = error["msg"]
+        if error["type"] == "string_pattern_mismatch":
+            detail = f"must match {error['ctx']['pattern']}, got {str(error['input'])[:_SHOWN]!r}"
+        return Mistake(field=".".join(map(str, path)), detail=detail)
     if not isinstance(body, dict):
         return Mistake(field="body", detail=f"must be a config as JSON: {error['msg']}")
     try:

@@ -135,7 +135,8 @@ def searches(
     state: Annotated[State | None, Query(description="In this state alone.")] = None,
     name: Name | None = None,
     owner: Annotated[
-        str | None, Query(max_length=64, description="Whose; one sees only one's own.")
+        str | None,
+        Query(pattern=r"^[^\x00]{1,64}$", description="Whose; one sees only one's own."),
     ] = None,
     after: Annotated[str | None, Query(max_length=64, description="As a page says.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
