@@ -129,8 +129,8 @@ class _Decisions(TorchFunctionMode):
         """Say so."""
         if self.places:
             yield (
-                f"code goes by the values of tensors at {', '.join(self.places)}: the graph holds what "
-                "was decided for one batch, and is wrong where another needs otherwise"
+                f"code goes by the values of tensors at {', '.join(self.places)}: the graph holds "
+                "what was decided for one batch, and is wrong where another needs otherwise"
             )
 
 
