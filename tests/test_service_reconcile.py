@@ -22,6 +22,7 @@ from search.service.reconcile import (
 from search.service.record import ENDED, Heartbeat, Outcome, Record
 from search.service.store import Store
 from search.service.supervisor import Capacity, Supervisor
+from search.service.views import view
 
 LIMITS = Limits(
     attempts=3, backoff_seconds=5, silent_seconds=60, starting_seconds=90, absent_seconds=20
@@ -248,12 +249,21 @@ def test_a_search_whose_cluster_went_away_at_its_launch_waits_for_it(store, desk
     assert (store.get(search.id).state, store.get(search.id).attempt) == ("running", 2)
 
 
-def test_a_search_whose_papers_cannot_be_read_holds_up_no_other(store, desk):
+def test_a_search_whose_papers_cannot_be_read_holds_up_no_other_and_says_so(store, desk, caplog):
     first, _ = store.submit(CONFIG, owner="ann", name="first")
     second, _ = store.submit(CONFIG, owner="ann", name="second")
-    (store.folder(first.id).path / "heartbeat.json").write_text("of another version")
-    supervisor(store, desk, Capacity(searches=2)).turn()
+    papers = store.folder(first.id).path / "heartbeat.json"
+    papers.write_text("of another version")
+    looking = supervisor(store, desk, Capacity(searches=2))
+    for _ in range(3):
+        looking.turn()
     assert (store.get(first.id).state, store.get(second.id).state) == ("queued", "running")
+    assert "heartbeat.json must be written by this version" in store.get(first.id).reason
+    assert caplog.text.count("it cannot be looked after") == 1
+    assert view(store, store.get(first.id).model_copy(update={"attempt": 1})).latest is None
+    papers.unlink()
+    looking.turn()
+    assert (store.get(first.id).state, store.get(first.id).reason) == ("running", "")
 
 
 def test_a_failed_search_shows_the_end_of_its_log(store, desk):

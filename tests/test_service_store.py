@@ -120,6 +120,15 @@ def test_a_key_is_kept_when_the_index_is_lost(store, tmp_path, database):
     again.close()
 
 
+def test_a_record_that_cannot_be_read_is_left_out_and_said(store, caplog):
+    first, _ = store.submit(CONFIG, owner="ann", name="first")
+    second, _ = store.submit(CONFIG, owner="ann", name="second")
+    (store.folder(first.id).path / "record.json").write_text("of another version")
+    store.reindex()
+    assert store.page().records == [second]
+    assert f"search {first.id} is left out" in caplog.text
+
+
 def test_keys_are_kept_as_hashes(store):
     record, _ = store.submit(CONFIG, owner="ann", name="n", key="a-very-secret-key")
     assert "a-very-secret-key" not in (store.folder(record.id).path / "record.json").read_text()

@@ -5,6 +5,7 @@ folders when the service starts, so that a death between the two is mended.
 """
 
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,8 @@ from search.service.demand import demand
 from search.service.record import ENDED, Heartbeat, Record, SearchFolder, State
 
 __all__ = ["KeyReusedError", "NoSearchError", "Page", "SearchActiveError", "Store"]
+
+_log = logging.getLogger("hawq.service")
 
 _MOST_KNOWN = 4096
 _ID = re.compile(r"[a-z0-9]{12}")
@@ -144,7 +148,7 @@ class Store:
         return record
 
     def heartbeat(self, search: str) -> Heartbeat | None:
-        """Return the latest sign of life of a search's driver; None if there was none."""
+        """Return a driver's latest sign of life; None without one that this version can read."""
         # A Path's own way takes twice as long, and a list asks for hundreds.
         path = f"{self._searches}/{search}"
         try:
@@ -243,7 +247,11 @@ class Store:
 
     def _records(self) -> Iterator[Record]:
         for path in sorted(self._searches.iterdir()):
-            record = SearchFolder(path).record()
+            try:
+                record = SearchFolder(path).record()
+            except ValueError as error:
+                _log.warning("search %s is left out: %s", path.name, error)
+                continue
             if record is not None:
                 yield record
             elif _ID.fullmatch(path.name):
@@ -276,7 +284,9 @@ def _record(text: str) -> Record:
 def _heartbeat(path: str, inode: int, modified: int) -> Heartbeat | None:
     """Read a heartbeat, once for all who ask; a new one is another file."""
     del inode, modified  # they are there for the cache alone
-    return SearchFolder(Path(path)).heartbeat()
+    with suppress(ValueError):  # who looks after the search says so
+        return SearchFolder(Path(path)).heartbeat()
+    return None
 
 
 def _row(record: Record) -> dict[str, object]:

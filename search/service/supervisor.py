@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -73,6 +74,7 @@ class Supervisor:
         self._limits, self._capacity = limits, capacity
         self._beats: dict[str, tuple[tuple[int, int], float]] = {}
         self._stillborn: dict[str, Seen] = {}
+        self._complaints: dict[str, str] = {}
         self._is_away = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
@@ -104,14 +106,16 @@ class Supervisor:
             fits = not is_full and self._capacity.fits(running, record)
             try:
                 seen = self._observe(record, jobs, fits)
+                if self._complaints.pop(record.id, None):
+                    self._change(record, reason="")
                 action = decide(record, seen, self._limits)
                 self._act(record, action, seen)
             except UnreachableError as error:
                 _log.warning("search %s: %s", record.id, error)
             except NoSearchError:  # deleted meanwhile
                 continue
-            except ValueError:  # another version wrote its folder; the others go on
-                _log.exception("search %s cannot be looked after", record.id)
+            except ValueError as error:  # another version wrote its folder; the others go on
+                self._complain(record, f"it cannot be looked after: {error}")
                 continue
             if record.state == "queued" and seen.now >= record.not_before:
                 is_full = is_full or not fits
@@ -195,6 +199,15 @@ class Supervisor:
                     self._launcher.stop(record.attempt_id)
             case Wait(reason):
                 self._change(record, reason=reason)
+
+    def _complain(self, record: Record, reason: str) -> None:
+        """Say why a search is left alone, once for as long as the reason is the same."""
+        if self._complaints.get(record.id) == reason:
+            return
+        self._complaints[record.id] = reason
+        _log.warning("search %s: %s", record.id, reason)
+        with suppress(NoSearchError, ValueError):  # its record may be what cannot be read
+            self._change(record, reason=reason)
 
     def _launch(self, record: Record) -> None:
         # Written first: an attempt that nobody knows of must not run.
