@@ -22,8 +22,8 @@ from search.service.tokens import Tokens
 
 __all__ = ["Settings", "create_app"]
 
-# One thread of Python runs at a time. With forty, each small wait for the disk is a wait for all the
-# others, too: the longest hundredth of the answers took three times as long.
+# One thread of Python runs at a time. With forty, each small wait for the disk is a wait for all
+# the others, too: the longest hundredth of the answers took three times as long.
 _THREADS = 4
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
