@@ -457,6 +457,21 @@ def test_looking_is_the_outputs_curvature_within_half_precision():
     assert sum(found) == pytest.approx(float(expected.sum()), rel=0.02)
 
 
+class Bessel(ClassificationTask):
+    """An operator that has no kernel in half precision."""
+
+    def curvature(self, model, batch):
+        torch.special.bessel_j0(model(self.inputs(batch)))
+        return super().curvature(model, batch)
+
+
+def test_looking_is_in_full_precision_where_an_operator_has_no_half():
+    task = Bessel(**DIGITS)
+    expected = output_curvature(task, task.model().eval(), task.batch("train", torch.arange(8)))
+    found, _, _ = ProbeWorker(task, state_of(), 1, "cpu").look("train", range(8), 8)
+    assert found == expected.tolist()
+
+
 # --- from settings to an estimate -----------------------------------------------------------------
 
 

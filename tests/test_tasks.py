@@ -176,6 +176,9 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_never_run(tmp_path, capsys)
     torch.save({"weight": Code()}, tmp_path / "net.pt")
     with pytest.raises(InputError, match=r"of tensors alone \(it holds .*print, .*state_dict"):
         load_weights(SmallResNet(8), tmp_path / "net.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"weight": Code()}, protocol=2))
+    with pytest.raises(InputError, match=r"of tensors alone \(it .* code.* is not run.*state_dict"):
+        load_weights(SmallResNet(8), tmp_path / "bare.pt")
     assert "ran code" not in capsys.readouterr().out
 
 

@@ -83,8 +83,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = str(error).strip().splitlines()[0]
-        if code is not None:  # torch's own advice is to run it
+        if code is not None:
             reason = f"it holds {code[1]}, which is code and is not run: save model.state_dict()"
+        elif "weights_only" in reason:  # torch's own advice is to run what it holds
+            reason = "it may hold code, which is not run: save model.state_dict()"
         raise InputError(
             f"task.checkpoint: {path} must be a torch file of tensors alone ({reason})"
         ) from error

@@ -80,13 +80,22 @@ class ZooNetwork:
                 cannot load the weights.
         """
         library, module, short = self._found()
+        where = f"task.network: {self.name}{', pretrained' if self.pretrained else ''}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = called(
-                lambda **given: library.make(module, short, self.pretrained, given),
-                json.loads(self.arguments),
-                f"task.network: {self.name}{', pretrained' if self.pretrained else ''}",
-            )
+            try:
+                made = called(
+                    lambda **given: library.make(module, short, self.pretrained, given),
+                    json.loads(self.arguments),
+                    where,
+                )
+            except InputError as error:
+                if not self.pretrained:
+                    raise
+                raise InputError(
+                    f"{error}: without weights from {self.name.partition(':')[0]}, give a file of them as "
+                    "task.checkpoint, and task.pretrained: false"
+                ) from error
         return checked_network(made, f"task.network: {self.name}")
 
     def preprocessing(self) -> Preprocessing:
