@@ -339,6 +339,20 @@ def test_a_network_without_numbers_is_an_error_that_says_so(ray_cluster, config,
     assert events[-1].kind == "failed"
 
 
+def test_a_network_whose_outputs_have_no_curvature_is_searched_with_a_warning(
+    ray_cluster, config, tmp_path
+):
+    state = SmallResNet(8, in_channels=1).state_dict()
+    state["linear.weight"] *= 1e6  # every output is sure of one class
+    save_file(state, tmp_path / "sure.safetensors")
+    changes = [f"task.checkpoint={tmp_path}/sure.safetensors", "task.pretrain=null"]
+    summary = run(config(*changes, "methods=[exact]"), tmp_path / "run")
+    assert set(summary.curvature.trace) == {0.0}
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    (told,) = [e.message for e in events if e.kind == "warning" and e.stage == "curvature"]
+    assert told.startswith("all traces of weights are 0")
+
+
 def _hawq(config_path, out, environment):
     command = [sys.executable, "-m", "search.cli", "run", str(config_path), "--out", str(out)]
     return subprocess.Popen(

@@ -74,6 +74,14 @@ def _trace(search: Search, subject: Subject) -> dict[str, Any]:
         note=lambda text: search.events.emit("curvature", "note", text),
     )
     search.worker_cpu_seconds += traced.cpu_seconds
+    if not traced.estimate.trace.any():
+        search.events.emit(
+            "curvature",
+            "warning",
+            f"all traces of {subject} are 0, so that no allocation is better than another: the "
+            "outputs of a network that is not trained, or is sure of everything, may have no "
+            "curvature in floating point",
+        )
     return _data(traced)
 
 

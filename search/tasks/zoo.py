@@ -81,6 +81,7 @@ class ZooNetwork:
         """
         library, module, short = self._found()
         where = f"task.network: {self.name}{', pretrained' if self.pretrained else ''}"
+        key = self.name.partition(":")[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
