@@ -94,7 +94,7 @@ class ZooNetwork:
                 if not self.pretrained:
                     raise
                 raise InputError(
-                    f"{error}: without weights from {self.name.partition(':')[0]}, give a file of them as "
+                    f"{error}: without weights from {key}, give a file of them as "
                     "task.checkpoint, and task.pretrained: false"
                 ) from error
         return checked_network(made, f"task.network: {self.name}")
