@@ -322,6 +322,16 @@ def test_the_command_prints_the_score_beside_omega(run, monkeypatch, capsys, met
     assert shown[1].split("measured")[1] == shown[0].split("measured")[1]
 
 
+def test_a_score_of_some_examples_says_what_the_unquantized_one_is_of(run, monkeypatch, capsys):
+    arguments = ["--budget", "average_bits=3", "--score", "--score-examples", "8"]
+    monkeypatch.setattr(sys, "argv", ["hawq", "allocate", str(run), *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "on 8 examples of the search split" in shown
+    assert "(unquantized 50.00 %, on all 40)" in shown
+
+
 def test_a_run_without_weights_cannot_be_scored(run):
     assert score_spec(run, num_examples=7).num_examples == 7
     assert score_spec(run).fixed == {}

@@ -61,10 +61,11 @@ def score_view(run: Path, scored: Scored) -> str:
         if evaluation.fidelity == "batch_norm"
         else "nothing estimated again"
     )
+    whole = "" if len(scored.examples) == model.search_size else f", on all {model.search_size:,}"
     seen = ", on which the network was trained: it only ranks" if model.search_seen else ""
     return (
         f"measured     {model.score_name} {100 * evaluation.score:.2f} ± "
         f"{100 * scored.standard_error:.2f} % without training, {how}, on "
         f"{len(scored.examples):,} examples of the search split{seen} "
-        f"(unquantized {100 * model.search_score:.2f} %), in {evaluation.seconds:.2g} s"
+        f"(unquantized {100 * model.search_score:.2f} %{whole}), in {evaluation.seconds:.2g} s"
     )
