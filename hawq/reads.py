@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hawq.channels import TransposedConvolution, channels_first, transposed_groups
 from hawq.space import Group, Kind, Space, evaluating, sharing_layers
 
 __all__ = [
@@ -50,7 +51,7 @@ class Layer:
     Attributes:
         name: Of the first of them.
         num_elements: Weights.
-        num_channels: Output channels, the weight's first axis.
+        num_channels: Output channels.
         macs: Multiply-accumulates for one example, over all its calls.
     """
 
@@ -212,7 +213,8 @@ def read_network(model: nn.Module, inputs: Tensor) -> Reads:
     for name, (module, *_) in sharing.items():
         weight = module.weight
         assert isinstance(weight, Tensor)
-        layers.append(Layer(name, weight.numel(), len(weight), macs[name]))
+        num_channels = len(channels_first(weight, transposed_groups(module)))
+        layers.append(Layer(name, weight.numel(), num_channels, macs[name]))
     alive = tuple(
         tuple(s.activation.name for s in watch.seen if s.born < following and step <= s.needed)
         for step, following in pairwise([*watch.steps, inf])
@@ -395,7 +397,9 @@ class _Watch(TorchFunctionMode):
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             weight = layer.weight
             assert isinstance(weight, Tensor)
-            macs = weight.numel() * (output.numel() // weight.shape[0])
+            # Of a transposed convolution every input meets the kernel, of the others every output.
+            met = args[0] if isinstance(layer, TransposedConvolution) else output
+            macs = weight[0].numel() * met.numel()
             self._inside -= 1
             key = id(args[0])
             (tensor,) = [a.name for a, read in self._read if read == key]

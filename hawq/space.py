@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils import parametrize
 
+from hawq.channels import TransposedConvolution
+
 __all__ = [
     "PREFIX",
     "Group",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 BITS = range(9)
+
+_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | TransposedConvolution
 
 Kind = Literal["weights", "activations"]
 PREFIX: dict[Kind, str] = {"weights": "w:", "activations": "a:"}
@@ -281,7 +285,7 @@ def sharing_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
     first: dict[int, str] = {}
     layers: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if not isinstance(module, _LAYERS):
             continue
         weight = module.weight
         if parametrize.is_parametrized(module, "weight"):
@@ -294,8 +298,8 @@ def sharing_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
 def unquantizable_weights(model: nn.Module) -> dict[str, int]:
     """Count, by name, the matrices that no quantizable layer owns: they stay in floating point.
 
-    Transposed convolutions, embeddings, recurrent and attention weights. Vectors, which are biases
-    and normalizations, are not among them.
+    Embeddings, recurrent and attention weights. Vectors, which are biases and normalizations, are
+    not among them.
     """
     quantizable = {
         id(parameter)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
+from hawq.channels import channels_first, transposed_groups
 from hawq.curvature.network import differentiable
 from hawq.reads import channel_axis, tensor_name
 
@@ -58,9 +59,11 @@ def weight_sites(model: nn.Module, layers: Sequence[str]) -> tuple[Site, ...]:
     """Describe the weights of layers by name."""
     sites = []
     for name in layers:
-        weight = model.get_submodule(name).weight
+        layer = model.get_submodule(name)
+        weight = layer.weight
         assert isinstance(weight, Tensor)
-        sites.append(Site(name, weight.numel(), len(weight)))
+        num_channels = len(channels_first(weight, transposed_groups(layer)))
+        sites.append(Site(name, weight.numel(), num_channels))
     return tuple(sites)
 
 
