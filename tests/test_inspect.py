@@ -174,7 +174,7 @@ KINDS = {
     "transposed": (lambda: pooled(nn.ConvTranspose2d(2, 3, 2)), (2, 3, 3), {}),
     "transposed, grouped": (lambda: pooled(nn.ConvTranspose1d(4, 6, 3, 2, groups=2)), (4, 5), {}),
     "linear, sequences": (lambda: pooled(nn.Linear(4, 5), nn.ReLU()), (3, 4), {}),
-    "embedding": (Embedded, (5,), {"embedding.weight": 28}),
+    "embedding": (Embedded, (5,), {}),
     "attention": (Attention, (3, 4), {"attention.in_proj_weight": 48}),
 }
 

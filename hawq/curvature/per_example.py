@@ -66,7 +66,7 @@ class Tape(Protocol):
 
 def supports_examples(layer: nn.Module) -> bool:
     """Whether a layer's weight gradient can be taken apart example by example."""
-    return isinstance(layer, nn.Linear | _Convolution)
+    return isinstance(layer, nn.Linear | nn.Embedding | _Convolution)
 
 
 def per_example_traces(
@@ -211,6 +211,8 @@ class _Call:
     def numbers(self) -> int:
         """Numbers that one example's patches and gradient take."""
         overlap = 1
+        if isinstance(self.layer, nn.Embedding):
+            return self.x[0].numel() ** 2 + self.g[0].numel()
         if not isinstance(self.layer, nn.Linear):
             assert isinstance(self.layer, _Convolution)
             overlap = int(torch.tensor(self.layer.kernel_size).prod())
@@ -225,15 +227,40 @@ def _row_norms(layer: nn.Module, calls: Sequence[_Call], rows: Tensor) -> Tensor
     norms = torch.zeros(len(rows), num_channels, dtype=torch.float64)
     if not calls or not len(rows):
         return norms
-    numbers = sum(call.numbers() for call in calls) + 2 * weight.numel()
+    is_table = isinstance(layer, nn.Embedding)
+    formed = num_channels if is_table else 2 * weight.numel()
+    numbers = sum(call.numbers() for call in calls) + formed
     chunk = max(1, _CHUNK_BYTES // (numbers * weight.element_size()))
     everyone = len(rows) == len(calls[0].x)
     for first in range(0, len(rows), chunk):
         own = slice(first, first + chunk)
         # A slice is a view; taking rows by index would copy them.
         chosen = [call.of(own if everyone else rows[own]) for call in calls]
-        norms[own] = _cheaper_norms(weight, chosen, groups).double().cpu()
+        if is_table:
+            norms[own] = _table_norms(chosen, num_channels).double().cpu()
+        else:
+            norms[own] = _cheaper_norms(weight, chosen, groups).double().cpu()
     return norms
+
+
+def _table_norms(calls: Sequence[_Call], num_rows: int) -> Tensor:
+    """Return ‖Σ_t g_t‖² over the positions t of each row of an embedding, shape (n, rows).
+
+    Of products of two positions that read the same row; the gradient, as large as the table for
+    every example, is never formed.
+    """
+    gradients = []
+    for call in calls:
+        assert isinstance(call.layer, nn.Embedding)
+        g = call.g
+        if call.layer.padding_idx is not None:  # torch gives that row no gradient
+            g = g * (call.x != call.layer.padding_idx)[..., None]
+        gradients.append(g.reshape(len(g), -1, g.shape[-1]))
+    g = torch.cat(gradients, 1)
+    x = torch.cat([call.x.reshape(len(call.x), -1) for call in calls], 1).long()
+    same = x[:, :, None] == x[:, None, :]
+    sums = (g @ g.mT).mul_(same).sum(2)
+    return g.new_zeros(len(x), num_rows).scatter_add_(1, x, sums)
 
 
 def _cheaper_norms(weight: Tensor, calls: Sequence[_Call], groups: int) -> Tensor:

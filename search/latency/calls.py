@@ -69,9 +69,14 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[LayerCall,
     Returns:
         The calls of each layer in their order, of those that share a weight together, under the
         names of ``hawq.space.quantizable_layers``. A layer has none if its module is never
-        called, even where the network reads its weight.
+        called, even where the network reads its weight. Embeddings, which multiply nothing, are
+        left out.
     """
-    layers = sharing_layers(model)
+    layers = {
+        name: sharers
+        for name, sharers in sharing_layers(model).items()
+        if not isinstance(sharers[0], nn.Embedding)
+    }
     calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
     handles = [
         layer.register_forward_hook(_recorder(calls[name]), with_kwargs=True)
