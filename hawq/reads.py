@@ -400,17 +400,16 @@ class _Watch(TorchFunctionMode):
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             weight = layer.weight
             assert isinstance(weight, Tensor)
-            self._inside -= 1
-            if not args[0].is_floating_point():
-                self._make(output, frozenset({name}), frozenset({name}))
-                return
             # Of a transposed convolution every input meets the kernel, of the others every output.
             met = args[0] if isinstance(layer, TransposedConvolution) else output
             macs = weight[0].numel() * met.numel()
-            key = id(args[0])
-            (tensor,) = [a.name for a, read in self._read if read == key]
-            self.reads.append(Read(name, called, tensor, macs))
-            self.steps.append(self._step)
+            reads_values = args[0].is_floating_point()
+            self._inside -= 1
+            if reads_values:
+                key = id(args[0])
+                (tensor,) = [a.name for a, read in self._read if read == key]
+                self.reads.append(Read(name, called, tensor, macs))
+                self.steps.append(self._step)
             self._make(output, frozenset({name}), frozenset({name}))
 
         return hook
