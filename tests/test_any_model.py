@@ -105,7 +105,7 @@ class Reading(nn.Module):
 
     def forward(self, x):
         embedded = self.words(x) + self.places(torch.arange(6, device=x.device))
-        return self.head(F.relu(self.near(embedded.mT)).mean(2))
+        return self.head(F.relu(self.near(embedded.transpose(1, 2))).mean(2))
 
 
 def sentences(num, seed):
