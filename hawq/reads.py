@@ -3,6 +3,7 @@
 One forward pass of one example tells it. An activation is a tensor, not a layer's input: a tensor
 with several readers is one, and a layer that runs several times reads several. A tensor is named
 after the layer that reads it first, ``LAYER#0``, ``LAYER#1`` for the layer's own first, second.
+An embedding reads indices, which are no activation: it multiplies nothing, and is in no call.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hawq.channels import TransposedConvolution, channels_first, transposed_groups
 from hawq.space import Group, Kind, Space, evaluating, sharing_layers
 
 __all__ = [
@@ -50,8 +52,8 @@ class Layer:
     Attributes:
         name: Of the first of them.
         num_elements: Weights.
-        num_channels: Output channels, the weight's first axis.
-        macs: Multiply-accumulates for one example, over all its calls.
+        num_channels: Output channels.
+        macs: Multiply-accumulates for one example, over all its calls; none of an embedding.
     """
 
     name: str
@@ -188,7 +190,7 @@ def read_network(model: nn.Module, inputs: Tensor) -> Reads:
     if not sharing:
         kinds = sorted({type(m).__name__ for m in model.modules()})
         raise ValueError(
-            "the network must hold a convolution or a linear layer to quantize, "
+            "the network must hold a convolution, a linear layer or an embedding to quantize, "
             f"got only {', '.join(kinds)}"
         )
     watch = _Watch(inputs[:1])
@@ -212,7 +214,8 @@ def read_network(model: nn.Module, inputs: Tensor) -> Reads:
     for name, (module, *_) in sharing.items():
         weight = module.weight
         assert isinstance(weight, Tensor)
-        layers.append(Layer(name, weight.numel(), len(weight), macs[name]))
+        num_channels = len(channels_first(weight, transposed_groups(module)))
+        layers.append(Layer(name, weight.numel(), num_channels, macs[name]))
     alive = tuple(
         tuple(s.activation.name for s in watch.seen if s.born < following and step <= s.needed)
         for step, following in pairwise([*watch.steps, inf])
@@ -376,6 +379,8 @@ class _Watch(TorchFunctionMode):
             self._step += 1
             self._inside += 1
             tensor = args[0]
+            if not tensor.is_floating_point():  # an embedding's indices
+                return
             made = self._made.get(id(tensor)) or self._make(tensor)
             made.needed = self._step
             if id(tensor) not in {key for _, key in self._read}:
@@ -395,12 +400,16 @@ class _Watch(TorchFunctionMode):
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             weight = layer.weight
             assert isinstance(weight, Tensor)
-            macs = weight.numel() * (output.numel() // weight.shape[0])
+            # Of a transposed convolution every input meets the kernel, of the others every output.
+            met = args[0] if isinstance(layer, TransposedConvolution) else output
+            macs = weight[0].numel() * met.numel()
+            reads_values = args[0].is_floating_point()
             self._inside -= 1
-            key = id(args[0])
-            (tensor,) = [a.name for a, read in self._read if read == key]
-            self.reads.append(Read(name, called, tensor, macs))
-            self.steps.append(self._step)
+            if reads_values:
+                key = id(args[0])
+                (tensor,) = [a.name for a, read in self._read if read == key]
+                self.reads.append(Read(name, called, tensor, macs))
+                self.steps.append(self._step)
             self._make(output, frozenset({name}), frozenset({name}))
 
         return hook

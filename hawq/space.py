@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from hawq.channels import TransposedConvolution
 
 __all__ = [
     "PREFIX",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 BITS = range(9)
+
+_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | TransposedConvolution
 
 Kind = Literal["weights", "activations"]
 PREFIX: dict[Kind, str] = {"weights": "w:", "activations": "a:"}
@@ -266,9 +270,12 @@ class Space:
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the layers whose weight can be quantized: convolutions and linear layers.
+    """Find the layers whose weight can be quantized: convolutions, linear layers and embeddings.
 
-    A weight that several layers share is listed once, under the first one's name.
+    A weight that several layers share is listed once, under the first one's name. An embedding that
+    is tied to a linear layer goes under the linear layer's; one that changes its weight as it reads
+    (``max_norm``), or has other gradients than the loss's (``sparse``, ``scale_grad_by_freq``),
+    stays in floating point.
 
     Returns:
         Layer name to module, in the order of registration.
@@ -278,24 +285,40 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def sharing_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Find the same layers, each at the head of all those that share its weight."""
+    multiplied = {id(_weight(m)) for m in model.modules() if isinstance(m, _LAYERS)}
     first: dict[int, str] = {}
     layers: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            continue
-        weight = module.weight
-        if parametrize.is_parametrized(module, "weight"):
-            # ``module.weight`` is then a passing value, whose id a later one may receive.
-            weight = module.get_parameter("parametrizations.weight.original")
-        layers.setdefault(first.setdefault(id(weight), name), []).append(module)
+        if isinstance(module, _LAYERS) or (
+            _is_plain_embedding(module) and id(_weight(module)) not in multiplied
+        ):
+            layers.setdefault(first.setdefault(id(_weight(module)), name), []).append(module)
     return layers
+
+
+def _weight(module: nn.Module) -> Tensor:
+    if parametrize.is_parametrized(module, "weight"):
+        # ``module.weight`` is then a passing value, whose id a later one may receive.
+        return module.get_parameter("parametrizations.weight.original")
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _is_plain_embedding(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Embedding)
+        and module.max_norm is None
+        and not module.sparse
+        and not module.scale_grad_by_freq
+    )
 
 
 def unquantizable_weights(model: nn.Module) -> dict[str, int]:
     """Count, by name, the matrices that no quantizable layer owns: they stay in floating point.
 
-    Transposed convolutions, embeddings, recurrent and attention weights. Vectors, which are biases
-    and normalizations, are not among them.
+    Recurrent and attention weights, say. Vectors, which are biases and normalizations, are not
+    among them.
     """
     quantizable = {
         id(parameter)

@@ -127,12 +127,12 @@ def traces(
     as it was.
 
     Args:
-        model: Any network with convolutions or linear layers.
+        model: Any network with convolutions, linear layers or embeddings.
         batches: Pairs of inputs and targets, such as a DataLoader: as many are read as ``pool`` or
             ``num_examples`` need, once, and kept.
         loss: Takes outputs and targets; a mean or a sum over the examples, or one value an example.
             What is traced is the mean. None for cross-entropy.
-        layers: Which layers; None for all convolutions and linear layers.
+        layers: Which layers; None for all that can be quantized.
         of: ``"weights"``, or ``"activations"``: the tensors that those layers read.
         granularity: ``"channel"`` also traces each channel.
         estimator: See ``hawq.curvature.plan_traces``, as for all that follow.
@@ -160,7 +160,8 @@ def traces(
     unknown = [name for name in layers or () if name not in known]
     if unknown or not known:
         raise ValueError(
-            f"layers must be convolutions or linear layers of the network, got {unknown or 'none'}"
+            "layers must be convolutions, linear layers or embeddings of the network, got "
+            f"{unknown or 'none'}"
             f"; known are {', '.join(list(known)[:5])}"
         )
     examples = _read(batches, max(num_examples, pool or 0))

@@ -68,7 +68,7 @@ class ModelArtefact(_Artefact):
 
     weights_sha256: str
     num_parameters: int
-    num_quantizable: int = Field(description="Weights of convolutions and linear layers.")
+    num_quantizable: int = Field(description="Weights that can be quantized.")
     source: Literal["checkpoint", "trained", "factory"]
     train_size: int
     search_size: int

@@ -60,13 +60,24 @@ class LazyNet(nn.Module):
         return self.used(x.flatten(1))
 
 
+class Growing(nn.Module):
+    """A transposed convolution of a bare weight, which no layer owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2, 2, 2) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.weight)
+
+
 class Upsampling(nn.Module):
-    """A convolution, a transposed one, which cannot be quantized here, and a classifier."""
+    """A convolution, a module that cannot be quantized here, and a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
         self.down = nn.Conv2d(2, 3, 2)
-        self.up = nn.ConvTranspose2d(3, 2, 2)
+        self.up = Growing()
         self.head = nn.Linear(50, 4)
 
     def forward(self, x: Tensor) -> Tensor:

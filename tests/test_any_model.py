@@ -18,6 +18,8 @@ from hawq.factors import softmax_factor
 from hawq.finetune import attach
 from hawq.reads import network_space, read_network
 from hawq.testing import check_task
+from search.commands.evaluate import evaluate_file
+from search.commands.export import chosen, export
 from search.config import SearchConfig, TaskConfig
 from search.errors import InputError
 from search.pipeline import run as run_config
@@ -92,6 +94,30 @@ class Attentive(nn.Module):
         return self.head(x.mean(1))
 
 
+class Reading(nn.Module):
+    """Words and their places, as of a language model's first layer, and a convolution over them."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.words, self.places = nn.Embedding(12, width, padding_idx=0), nn.Embedding(6, width)
+        self.near = nn.Conv1d(width, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        embedded = self.words(x) + self.places(torch.arange(6, device=x.device))
+        return self.head(F.relu(self.near(embedded.transpose(1, 2))).mean(2))
+
+
+def sentences(num, seed):
+    """Words at random, two of them of the sentence's class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num) % 3
+    x = torch.randint(4, 12, (num, 6), generator=generator)
+    x[:, 5] = 0
+    x[:, 1] = x[:, 3] = labels + 1
+    return x, labels
+
+
 def pictures(num, seed):
     """Noise with one colour stronger: its class."""
     generator = torch.Generator().manual_seed(seed)
@@ -134,6 +160,33 @@ def test_a_network_that_nobody_has_seen_is_searched_to_the_end(ray_cluster, tmp_
     # Later commands find everything in the folder, and nothing is done again.
     config = SearchConfig.model_validate(yaml.safe_load((tmp_path / "run/config.yaml").read_text()))
     assert run_config(config, tmp_path / "run", name="run") == summary
+
+
+@pytest.mark.ray
+def test_a_network_that_reads_words_is_searched_and_exported(ray_cluster, tmp_path):
+    bits = {"weights": {"bits": [2, 4, 8]}, "activations": {"bits": 8}}
+    summary = search.run(
+        Reading,
+        {"train": sentences(96, 0), "test": sentences(30, 1)},
+        budgets=[{"average_bits": 4}],
+        settings=SETTINGS
+        | bits
+        | {"task": {"pretrain": {"epochs": 8, "batch_size": 24, "lr": 0.1}}},
+        out=tmp_path / "run",
+    )
+    (found,) = summary.candidates.candidates
+    assert set(found.bits) == {"w:words", "w:places", "w:near", "w:head"}
+    assert found.average_bits <= 4
+    assert summary.tables.float_weights == {}
+    assert summary.test.unquantized.score > 0.6
+    assert found.key in summary.test.scores
+    # All examples have the same places, whose gradient is that of all of them.
+    assert summary.curvature.estimator == "gauss_newton"
+    tested = summary.test.scores[found.key]
+    for to in ("packed", "onnx"):
+        export(chosen(tmp_path / "run", "exact"), tmp_path / to, to)
+        measured = evaluate_file(tmp_path / to, tmp_path / "run/config.yaml", seconds=0)
+        assert measured.score == pytest.approx(tested.score, abs=0.04), to
 
 
 def test_fused_attention_is_differentiated_twice():

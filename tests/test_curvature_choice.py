@@ -54,12 +54,23 @@ def test_a_layer_that_runs_on_its_own_output_is_curved_in_its_weight_only():
     assert choose(TinyTask("shared"), subject="activations").estimator == "gauss_newton"
 
 
+class Bare(nn.Module):
+    """A transposed convolution whose weight no layer of torch's owns."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, 3, 3) / 3)
+
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.weight)
+
+
 class Widening(nn.Module):
     """A smooth network with a layer that cannot be taken apart by example."""
 
     def __init__(self):
         super().__init__()
-        self.wide, self.head = nn.ConvTranspose2d(2, 3, 3), nn.Linear(3 * 49, 4)
+        self.wide, self.head = Bare(), nn.Linear(3 * 49, 4)
 
     def forward(self, x):
         return self.head(F.silu(self.wide(x)).flatten(1))

@@ -23,7 +23,8 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.left, self.right = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 3, padding=1)
-        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2, groups=8)
+        self.place = nn.Parameter(torch.zeros(16, 16))
         self.depthwise = nn.Conv2d(8, 8, 3, 4, groups=8)
         self.grouped = nn.Conv2d(8, 8, 1, groups=2)
         self.twin = nn.Conv2d(8, 8, 1, groups=2)
@@ -32,7 +33,7 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         x = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
-        x = self.depthwise(self.up(x))
+        x = self.depthwise(self.up(x) + self.place)
         return self.head((x + self.twin(self.grouped(x))).mean((2, 3)))
 
 
@@ -58,8 +59,9 @@ def found(tmp_path_factory):
 
 def test_layers_are_named_with_their_kind_their_reads_and_their_ties(found):
     layers = {layer.name: layer for layer in found.layers}
-    assert list(layers) == ["left", "right", "depthwise", "grouped"]  # the head is kept
+    assert list(layers) == ["left", "right", "up", "depthwise", "grouped"]  # the head is kept
     assert layers["depthwise"].kind == "Conv2d, depthwise"
+    assert layers["up"].kind == "ConvTranspose2d, depthwise"
     assert layers["grouped"].kind == "Conv2d, 2 groups"
     assert layers["grouped"].shape == (8, 4, 1, 1)
     assert layers["left"].ties == layers["right"].ties == ("concatenation 1",)
@@ -67,8 +69,9 @@ def test_layers_are_named_with_their_kind_their_reads_and_their_ties(found):
     assert layers["left"].reads == layers["right"].reads == ("left#0",)
     assert layers["grouped"].reads == ("grouped#0", "twin#0")
     assert layers["left"].macs == 64 * 4
+    assert layers["up"].macs == 64 * 8 * 4
     assert layers["depthwise"].num_elements == 72
-    assert found.kept == {"up.weight": 256}
+    assert found.kept == {"place": 256}
     assert found.input_shape == (1, 8, 8)
 
 
@@ -83,7 +86,7 @@ def test_the_table_says_what_stays_in_floating_point(found):
     console.print(inspection_view(found))
     console.file.close()
     text = console.export_text()
-    for piece in ("depthwise", "in floating point, for they cannot be quantized: up.weight (256)"):
+    for piece in ("depthwise", "in floating point, for they cannot be quantized: place (256)"):
         assert piece in text
 
 
@@ -168,9 +171,10 @@ KINDS = {
     "grouped": (lambda: pooled(nn.Conv2d(4, 6, 3, groups=2)), (4, 5, 5), {}),
     "one dimension": (lambda: pooled(nn.Conv1d(4, 6, 3, dilation=2)), (4, 7), {}),
     "three dimensions": (lambda: pooled(nn.Conv3d(2, 3, 2)), (2, 3, 3, 3), {}),
-    "transposed": (lambda: pooled(nn.ConvTranspose2d(2, 3, 2)), (2, 3, 3), {"0.weight": 24}),
+    "transposed": (lambda: pooled(nn.ConvTranspose2d(2, 3, 2)), (2, 3, 3), {}),
+    "transposed, grouped": (lambda: pooled(nn.ConvTranspose1d(4, 6, 3, 2, groups=2)), (4, 5), {}),
     "linear, sequences": (lambda: pooled(nn.Linear(4, 5), nn.ReLU()), (3, 4), {}),
-    "embedding": (Embedded, (5,), {"embedding.weight": 28}),
+    "embedding": (Embedded, (5,), {}),
     "attention": (Attention, (3, 4), {"attention.in_proj_weight": 48}),
 }
 

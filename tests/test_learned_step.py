@@ -56,6 +56,17 @@ def test_with_a_scale_a_channel_it_is_torch_s_kernel_too():
     torch.testing.assert_close(to_scale[:, 0], their_scale.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("learning", ["lsq", "pact"])
+def test_channels_may_lie_last_as_many_as_there_are_places(learning):
+    x, upstream = draw(3, 4, 4, seed=1), draw(3, 4, 4, seed=2)
+    scale = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()
+    last = gradients(x, scale.view(1, 1, 4), Codes(-4, 3), upstream, learning)
+    moved = x.mT.contiguous(), scale.view(1, 4, 1), Codes(-4, 3), upstream.mT.contiguous()
+    second = gradients(*moved, learning)
+    torch.testing.assert_close(last[1], second[1].mT)
+    torch.testing.assert_close(last[2].flatten(), second[2].flatten())
+
+
 @given(
     bits=st.lists(st.integers(0, 8), min_size=5, max_size=5),
     signed=st.booleans(),

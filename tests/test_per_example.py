@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from oracles import block_traces, dense_hessian, mean_loss_gauss_newton, mean_loss_hessian
 from torch import Tensor, nn
 
+from hawq.channels import channels_first, transposed_groups
 from hawq.curvature import per_example, supports_examples
 from hawq.curvature.columns import directions
 from hawq.curvature.network import differentiable
@@ -88,6 +89,21 @@ CASES = {
         image_net(nn.Conv3d(2, 3, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0)), nn.ReLU()),
         (2, 2, 5, 2),
     ),
+    "transposed": (
+        image_net(nn.ConvTranspose2d(4, 3, (3, 2), stride=2, padding=1), nn.ReLU()),
+        (4, 3, 4),
+    ),
+    "transposed, all at once": (
+        image_net(
+            nn.ConvTranspose2d(4, 6, 3, 2, (2, 1), (1, 0), groups=2, dilation=(1, 2)), nn.ReLU()
+        ),
+        (4, 3, 2),
+    ),
+    "transposed, depthwise": (
+        image_net(nn.ConvTranspose1d(4, 4, 3, 2, groups=4), nn.ReLU()),
+        (4, 3),
+    ),
+    "transposed, 3-D": (image_net(nn.ConvTranspose3d(2, 3, 2), nn.ReLU()), (2, 2, 1, 2)),
     "few tokens": (
         nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)),
         (2, 5),
@@ -139,7 +155,11 @@ def traced(network, x, layers, factors_of=softmax, weights=None, **settings):
 def one_at_a_time(network, x, layers, factors_of):
     """Σ_c sign·‖row o of the gradient of example n, column c‖², by plain autograd."""
     weights = [network.get_submodule(name).weight for name in layers]
-    found = [torch.zeros(len(x), len(w), dtype=torch.float64) for w in weights]
+    groups = [transposed_groups(network.get_submodule(name)) for name in layers]
+    found = [
+        torch.zeros(len(x), len(channels_first(w, own)), dtype=torch.float64)
+        for w, own in zip(weights, groups, strict=True)
+    ]
     for n in range(len(x)):
         outputs = network(x[n : n + 1])
         for factor in factors_of(outputs):
@@ -148,8 +168,9 @@ def one_at_a_time(network, x, layers, factors_of):
                 gradients = torch.autograd.grad(
                     outputs, weights, factor.apply(s), retain_graph=True
                 )
-                for rows, g in zip(found, gradients, strict=True):
-                    rows[n] += factor.sign * g.square().flatten(1).sum(1)
+                for rows, g, own in zip(found, gradients, groups, strict=True):
+                    norms = channels_first(g, own).square().flatten(1).sum(1)
+                    rows[n] += factor.sign * norms
     return found
 
 
@@ -412,7 +433,7 @@ def test_no_hook_stays_behind():
         (nn.Conv1d(2, 2, 1), True),
         (nn.Conv2d(2, 2, 1, padding_mode="reflect"), True),
         (nn.Conv3d(2, 2, 1), True),
-        (nn.ConvTranspose2d(2, 2, 1), False),
+        (nn.ConvTranspose2d(2, 2, 1), True),
         (nn.Bilinear(2, 2, 2), False),
     ],
 )

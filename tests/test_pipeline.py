@@ -321,7 +321,7 @@ def make_nothing() -> NothingToQuantize:
 
 def test_a_network_with_nothing_to_quantize_is_refused(config, tmp_path):
     overrides = ["task.data=null", f"task.factory={__name__}:make_nothing"]
-    with pytest.raises(InputError, match="convolution or a linear layer") as caught:
+    with pytest.raises(InputError, match="convolution, a linear layer or an embedding") as caught:
         run(config(*overrides), tmp_path / "run")
     assert "BatchNorm2d, Flatten" in str(caught.value)
     assert not (tmp_path / "run").exists()

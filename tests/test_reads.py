@@ -136,5 +136,5 @@ def test_a_space_of_channels_has_the_elements_and_macs_of_its_layers():
 
 
 def test_a_network_without_layers_is_refused():
-    with pytest.raises(ValueError, match="must hold a convolution or a linear layer"):
+    with pytest.raises(ValueError, match="must hold a convolution, a linear layer or an embedding"):
         weight_space(nn.Sequential(nn.ReLU()), torch.zeros(1, 1), (4,))

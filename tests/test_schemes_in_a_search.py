@@ -118,7 +118,7 @@ def test_what_is_kept_must_be_there(tmp_path, override, message):
 
 def test_vectors_and_quantizable_layers_are_not_counted_as_unquantizable():
     model = nn.Sequential(
-        nn.Embedding(5, 3), nn.Linear(3, 3), nn.LayerNorm(3), nn.LSTM(3, 2), nn.Conv1d(2, 2, 1)
+        nn.EmbeddingBag(5, 3), nn.Linear(3, 3), nn.LayerNorm(3), nn.LSTM(3, 2), nn.Conv1d(2, 2, 1)
     )
     assert unquantizable_weights(model) == {
         "0.weight": 15, "3.weight_ih_l0": 24, "3.weight_hh_l0": 16,

@@ -191,7 +191,9 @@ def test_modes_come_back_after_an_error():
 
 
 def test_a_network_without_layers_is_refused():
-    with pytest.raises(ValueError, match=r"must hold a convolution or a linear layer .* ReLU"):
+    with pytest.raises(
+        ValueError, match=r"must hold a convolution, a linear layer or an embedding .* ReLU"
+    ):
         weight_space(nn.Sequential(nn.ReLU()), torch.zeros(1, 1), (4,))
 
 

@@ -242,7 +242,7 @@ def test_batches_that_are_no_pairs_are_refused():
 
 
 def test_a_network_without_layers_and_a_layer_that_is_not_there_are_refused():
-    with pytest.raises(ValueError, match="convolutions or linear layers of the network, got none"):
+    with pytest.raises(ValueError, match="linear layers or embeddings of the network, got none"):
         hawq.traces(nn.Sequential(nn.Flatten()), loader())
     with pytest.raises(ValueError, match=r"got \['conv9'\]; known are conv1, conv2, linear"):
         hawq.traces(network().float(), loader(), layers=["conv9"])

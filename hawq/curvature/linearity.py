@@ -19,8 +19,8 @@ __all__ = ["nonlinearities"]
 _LINEAR = {
     "Abs", "AccumulateGrad", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "Add", "Alias", "Amax",
     "AsStrided", "AvgPool2D", "AvgPool3D", "Cat", "ChannelShuffle", "Clamp", "ClampMin", "Clone",
-    "ConstantPadNd", "Copy", "Expand", "Flip", "Gather", "Hardsigmoid", "Hardtanh", "Index",
-    "IndexSelect", "LeakyRelu", "MaskedFill", "Max", "MaxPool2DWithIndices",
+    "ConstantPadNd", "Copy", "Embedding", "Expand", "Flip", "Gather", "Hardsigmoid", "Hardtanh",
+    "Index", "IndexSelect", "LeakyRelu", "MaskedFill", "Max", "MaxPool2DWithIndices",
     "MaxPool3DWithIndices", "Maximum", "Mean", "Min", "Minimum", "Neg", "Permute", "PixelShuffle",
     "PixelUnshuffle", "ReflectionPad2D", "Relu", "Repeat", "ReplicationPad2D", "ReshapeAlias",
     "Roll", "Rsub", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "Sub", "Sum",

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hawq.channels import TransposedConvolution, channels_first, transposed_groups
 from hawq.curvature.columns import Directions, directions
 from hawq.curvature.probes import rademacher
 from hawq.space import sharing_layers
@@ -43,7 +44,7 @@ __all__ = ["Tape", "WeightTape", "per_example_traces", "supports_examples"]
 # Examples are taken together as long as what they need fits; the bits depend on it.
 _CHUNK_BYTES = 64 << 20
 
-_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | TransposedConvolution
 
 
 class Tape(Protocol):
@@ -65,7 +66,7 @@ class Tape(Protocol):
 
 def supports_examples(layer: nn.Module) -> bool:
     """Whether a layer's weight gradient can be taken apart example by example."""
-    return isinstance(layer, nn.Linear | _Convolution)
+    return isinstance(layer, nn.Linear | nn.Embedding | _Convolution)
 
 
 def per_example_traces(
@@ -192,7 +193,7 @@ class WeightTape:
                 if gradient is not None:
                     calls.append(_Call(caller, x, gradient))
             assert isinstance(layer.weight, Tensor)
-            found.append(_row_norms(layer.weight, calls, rows))
+            found.append(_row_norms(layer, calls, rows))
         return found
 
 
@@ -210,30 +211,69 @@ class _Call:
     def numbers(self) -> int:
         """Numbers that one example's patches and gradient take."""
         overlap = 1
+        if isinstance(self.layer, nn.Embedding):
+            return self.x[0].numel() ** 2 + self.g[0].numel()
         if not isinstance(self.layer, nn.Linear):
             assert isinstance(self.layer, _Convolution)
             overlap = int(torch.tensor(self.layer.kernel_size).prod())
         return self.x[0].numel() * overlap + self.g[0].numel()
 
 
-def _row_norms(weight: Tensor, calls: Sequence[_Call], rows: Tensor) -> Tensor:
+def _row_norms(layer: nn.Module, calls: Sequence[_Call], rows: Tensor) -> Tensor:
     """Return the squared norms of the rows of each example's weight gradient, (n, O)."""
-    norms = torch.zeros(len(rows), len(weight), dtype=torch.float64)
+    weight, groups = layer.weight, transposed_groups(layer)
+    assert isinstance(weight, Tensor)
+    num_channels = len(channels_first(weight, groups))
+    norms = torch.zeros(len(rows), num_channels, dtype=torch.float64)
     if not calls or not len(rows):
         return norms
-    numbers = sum(call.numbers() for call in calls) + 2 * weight.numel()
+    is_table = isinstance(layer, nn.Embedding)
+    formed = num_channels if is_table else 2 * weight.numel()
+    numbers = sum(call.numbers() for call in calls) + formed
     chunk = max(1, _CHUNK_BYTES // (numbers * weight.element_size()))
     everyone = len(rows) == len(calls[0].x)
     for first in range(0, len(rows), chunk):
         own = slice(first, first + chunk)
         # A slice is a view; taking rows by index would copy them.
         chosen = [call.of(own if everyone else rows[own]) for call in calls]
-        norms[own] = _cheaper_norms(weight, chosen).double().cpu()
+        if is_table:
+            norms[own] = _table_norms(chosen, num_channels).double().cpu()
+        else:
+            norms[own] = _cheaper_norms(weight, chosen, groups).double().cpu()
     return norms
 
 
-def _cheaper_norms(weight: Tensor, calls: Sequence[_Call]) -> Tensor:
-    """Take the cheaper of ‖rows of g Uᵀ‖² and diag(g (UᵀU) gᵀ), shape (n, O)."""
+def _table_norms(calls: Sequence[_Call], num_rows: int) -> Tensor:
+    """Return ‖Σ_t g_t‖² over the positions t of each row of an embedding, shape (n, rows).
+
+    Of products of two positions that read the same row; the gradient, as large as the table for
+    every example, is never formed.
+    """
+    gradients = []
+    for call in calls:
+        assert isinstance(call.layer, nn.Embedding)
+        g = call.g
+        if call.layer.padding_idx is not None:  # torch gives that row no gradient
+            g = g * (call.x != call.layer.padding_idx)[..., None]
+        gradients.append(g.reshape(len(g), -1, g.shape[-1]))
+    g = torch.cat(gradients, 1)
+    x = torch.cat([call.x.reshape(len(call.x), -1) for call in calls], 1).long()
+    same = x[:, :, None] == x[:, None, :]
+    sums = (g @ g.mT).mul_(same).sum(2)
+    return g.new_zeros(len(x), num_rows).scatter_add_(1, x, sums)
+
+
+def _cheaper_norms(weight: Tensor, calls: Sequence[_Call], groups: int) -> Tensor:
+    """Take the cheaper of ‖rows of g Uᵀ‖² and diag(g (UᵀU) gᵀ), shape (n, O).
+
+    A transposed convolution, of ``groups`` groups, always has its gradients formed.
+    """
+    if any(isinstance(call.layer, TransposedConvolution) for call in calls):
+        total = _total_gradients(weight, calls)
+        if groups == 0:  # the weight is an ordinary convolution's, too, and named after that
+            return total.flatten(2).square_().sum(2)
+        by_group: Tensor = total.flatten(3).unflatten(1, (groups, -1))  # (n, groups, I, O, K)
+        return by_group.square_().sum((2, 4)).flatten(1)
     positions = sum(call.g[0].numel() for call in calls) // len(weight)
     inner = weight[0].numel()
     gram_is_cheaper = positions * (inner + len(weight)) < len(weight) * inner
@@ -247,16 +287,21 @@ def _cheaper_norms(weight: Tensor, calls: Sequence[_Call]) -> Tensor:
         u = _patches(calls[0]).transpose(2, 3)  # (n, groups, P, K)
         rows = calls[0].g.flatten(2).view(len(u), u.shape[1], -1, positions)
     else:
-        total = sum((_gradients(call, weight) for call in calls[1:]), _gradients(calls[0], weight))
-        return total.flatten(2).square_().sum(2)
+        return _total_gradients(weight, calls).flatten(2).square_().sum(2)
     return (rows @ (u @ u.transpose(2, 3))).mul_(rows).sum(-1).flatten(1)
 
 
+def _total_gradients(weight: Tensor, calls: Sequence[_Call]) -> Tensor:
+    return sum((_gradients(call, weight) for call in calls[1:]), _gradients(calls[0], weight))
+
+
 def _gradients(call: _Call, weight: Tensor) -> Tensor:
-    """Form each example's weight gradient, shape (n, O, …), all by one grouped convolution."""
+    """Form each example's gradient, (n, *weight.shape), all by one grouped convolution."""
     layer = call.layer
     assert isinstance(layer, _Convolution)
-    x = _padded(call)
+    is_transposed = isinstance(layer, TransposedConvolution)
+    # What a transposed convolution pads is cut off its output.
+    x = call.x if is_transposed else _padded(call)
     num, spatial = len(x), x.ndim - 2
     gradient: Tensor = torch.ops.aten.convolution_backward(
         call.g.reshape(1, -1, *call.g.shape[2:]),
@@ -264,10 +309,10 @@ def _gradients(call: _Call, weight: Tensor) -> Tensor:
         weight.detach().new_empty(1).expand(num * len(weight), *weight.shape[1:]),
         None,
         layer.stride,
-        (0,) * spatial,
+        layer.padding if is_transposed else (0,) * spatial,
         layer.dilation,
-        False,
-        (0,) * spatial,
+        is_transposed,
+        layer.output_padding,
         num * layer.groups,
         (False, True, False),
     )[1]

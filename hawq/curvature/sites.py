@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
+from hawq.channels import channels_first, transposed_groups
 from hawq.curvature.network import differentiable
 from hawq.reads import channel_axis, tensor_name
 
@@ -58,9 +59,11 @@ def weight_sites(model: nn.Module, layers: Sequence[str]) -> tuple[Site, ...]:
     """Describe the weights of layers by name."""
     sites = []
     for name in layers:
-        weight = model.get_submodule(name).weight
+        layer = model.get_submodule(name)
+        weight = layer.weight
         assert isinstance(weight, Tensor)
-        sites.append(Site(name, weight.numel(), len(weight)))
+        num_channels = len(channels_first(weight, transposed_groups(layer)))
+        sites.append(Site(name, weight.numel(), num_channels))
     return tuple(sites)
 
 
@@ -139,7 +142,7 @@ class ActivationTape:
     """Where gradients of a forward pass's activation tensors will appear.
 
     Args:
-        model: The network; its own inputs take part.
+        model: The network; its own inputs take part, and what embeddings make of indices.
         layers: Names of the layers whose inputs are recorded.
         num_examples: Examples of the pass; None for one a row.
 
@@ -158,6 +161,10 @@ class ActivationTape:
         """Record one forward pass."""
         self.seen.clear()
         handles = [self._model.register_forward_pre_hook(_rooted, with_kwargs=True)]
+        for module in self._model.modules():
+            if isinstance(module, nn.Embedding):
+                # Nothing of a network that takes indices would depend on anything without this.
+                handles.append(module.register_forward_hook(_rooted_output))
         for name in self._layers:
             layer = self._model.get_submodule(name)
             handles.append(layer.register_forward_pre_hook(self._reader(name)))
@@ -205,8 +212,8 @@ class ActivationTape:
     def _reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
             tensor = args[0]
-            if any(seen.tensor is tensor for seen in self.seen):
-                return
+            if not tensor.is_floating_point() or any(seen.tensor is tensor for seen in self.seen):
+                return  # indices are no activation
             axis = channel_axis(layer) % tensor.ndim
             elements = tensor.numel() // (self._num_examples or len(tensor))
             named = tensor_name(name, (seen.site.name for seen in self.seen))
@@ -221,9 +228,13 @@ def _rooted(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Make a network's inputs differentiable; a copy, so that it may work on them in place."""
+    return tree_map_only(Tensor, _root, args), tree_map_only(Tensor, _root, kwargs)
 
-    def root(x: Tensor) -> Tensor:
-        floating = x.is_floating_point() and torch.is_grad_enabled()
-        return x.detach().requires_grad_().clone() if floating else x
 
-    return tree_map_only(Tensor, root, args), tree_map_only(Tensor, root, kwargs)
+def _rooted_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output if output.requires_grad else _root(output)
+
+
+def _root(x: Tensor) -> Tensor:
+    floating = x.is_floating_point() and torch.is_grad_enabled()
+    return x.detach().requires_grad_().clone() if floating else x

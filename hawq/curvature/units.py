@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from hawq.channels import channels_first, transposed_groups
 from hawq.curvature.estimate import UnitSums
 from hawq.curvature.finite_difference import finite_difference_samples
 from hawq.curvature.gauss_newton import gauss_newton_samples
@@ -204,7 +205,12 @@ class _Part:
                 sites = plan.sites
                 if not sites:
                     return totals(parts)
-                channels = channel_sums(parts, sites, [0] * len(parts))
+                layers = [self.model.get_submodule(name) for name in plan.layers]
+                rows = [
+                    None if part is None else channels_first(part, transposed_groups(layer))
+                    for part, layer in zip(parts, layers, strict=True)
+                ]
+                channels = channel_sums(rows, sites, [0] * len(rows))
             else:
                 own = [seen.site for seen in tape.seen]
                 channels = channel_sums(tape.spread(parts), own, [s.axis for s in tape.seen])

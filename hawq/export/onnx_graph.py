@@ -255,7 +255,9 @@ def _insert_weights(graph: "GraphProto", weights: Iterable[QuantizedWeight]) -> 
         constants, kind = _integers(weight, name)
         graph.initializer[places[name]].CopyFrom(constants[0])
         graph.initializer.extend(constants[1:])
-        nodes.append(_node("DequantizeLinear", [c.name for c in constants], name, axis=0))
+        own, sizes = _dequantized(weight, [c.name for c in constants], name)
+        nodes += own
+        graph.initializer.extend(sizes)
         held.update((width, kind) for width in np.unique(weight.widths).tolist())
         has_small_products |= weight.codes.ndim == 2 and kind.endswith("int4")
     for node in reversed(nodes):
@@ -268,6 +270,44 @@ def _insert_weights(graph: "GraphProto", weights: Iterable[QuantizedWeight]) -> 
             "ONNX Runtime may round to 8 bits what linear layers with 4-bit weights read: give the "
             "session session.qdq_matmulnbits_accuracy_level = 1, as hawq evaluate does"
         )
+
+
+def _is_kept(weight: QuantizedWeight) -> bool:
+    """Whether its integers are held in the layer's own order: its scales then lie on one axis."""
+    return weight.transposed_groups < 2 or len(weight.scale) == 1
+
+
+def _dequantized(
+    weight: QuantizedWeight, constants: list[str], name: str
+) -> tuple[list["NodeProto"], list["TensorProto"]]:
+    """Make the nodes that turn integers into a weight, and the sizes that they need.
+
+    Scales of the output channels of a transposed convolution lie on the weight's second axis; with
+    groups they lie on two, so that its integers are held with the output channels first.
+    """
+    from onnx import TensorProto, helper  # noqa: PLC0415  an optional part
+
+    if _is_kept(weight):
+        axis = min(weight.transposed_groups, 1)
+        return [_node("DequantizeLinear", constants, name, axis)], []
+    outputs, inputs, *kernel = weight.codes.shape
+    groups = weight.transposed_groups
+    sizes = {
+        "grouped": (groups, outputs // groups, inputs, *kernel),
+        "kept": (groups * inputs, outputs // groups, *kernel),
+    }
+    swap = _node("Transpose", [f"{name}.by_group"], f"{name}.swapped")
+    swap.attribute.append(helper.make_attribute("perm", [0, 2, 1, *range(3, 3 + len(kernel))]))
+    nodes = [
+        _node("DequantizeLinear", constants, f"{name}.rows", axis=0),
+        _node("Reshape", [f"{name}.rows", f"{name}.grouped"], f"{name}.by_group"),
+        swap,
+        _node("Reshape", [f"{name}.swapped", f"{name}.kept"], name),
+    ]
+    return nodes, [
+        _constant(f"{name}.{key}", np.array(size), TensorProto.INT64, 64)
+        for key, size in sizes.items()
+    ]
 
 
 def _integers(weight: QuantizedWeight, name: str) -> tuple[list["TensorProto"], str]:
@@ -295,6 +335,8 @@ def _integers(weight: QuantizedWeight, name: str) -> tuple[list["TensorProto"], 
     data_type = getattr(TensorProto, kind.upper())
     if len(scale) == 1:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    if _is_kept(weight):
+        q = weight.as_kept(q)
     return [
         _constant(f"{name}.integers", q, data_type, bits),
         _constant(f"{name}.scale", scale, TensorProto.FLOAT, 32),

@@ -9,7 +9,8 @@ This page defines the file and needs numpy and torch alone. It is a safetensors 
 
 A weight has: where channels differ, which of its widths each channel has; zero points, 8 bits each;
 then the codes of its channels, width by width. A channel of 0 bits is pruned: it has no codes and
-no scale. Codes are 0 … 2^b−1 in the file and stand for
+no scale. Output channels come first; ``transposed_groups`` tells of a transposed convolution, which
+keeps them elsewhere. Codes are 0 … 2^b−1 in the file and stand for
 
     symmetric    s·(c − 2^(b−1)), and from one and two bits s·(2c + 1 − 2^b): no zero, no middle
     unsigned     s·c
@@ -50,6 +51,8 @@ class QuantizedWeight:
         codes: 0 … 2^b−1, shape (C, …); 0 where a channel is pruned.
         scale: Shape (C,), or (1,) for one of all; of dorefa m and e, shape (2,).
         zero_point: As many as scales; 0 but where the form is asymmetric.
+        transposed_groups: Of a transposed convolution, whose layer keeps the weight in shape
+            (I, C / groups, …); 0 of any other.
     """
 
     names: tuple[str, ...]
@@ -58,10 +61,22 @@ class QuantizedWeight:
     codes: Integers
     scale: Floats
     zero_point: Integers
+    transposed_groups: int = 0
 
     @property
     def values(self) -> Floats:
-        """What the codes stand for, shape (C, …)."""
+        """What the codes stand for, as the layer keeps it."""
+        return self.as_kept(self._rows())
+
+    def as_kept(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Bring what has output channels first, shape (C, …), into the layer's own order."""
+        if self.transposed_groups == 0:
+            return rows
+        outputs, inputs, *kernel = rows.shape
+        grouped = rows.reshape(self.transposed_groups, -1, inputs, *kernel).swapaxes(1, 2)
+        return grouped.reshape(-1, outputs // self.transposed_groups, *kernel)
+
+    def _rows(self) -> Floats:
         shape = (-1, *[1] * (self.codes.ndim - 1))
         widths, codes = self.widths.reshape(shape), self.codes.astype(np.float32)
         values: Floats
@@ -264,8 +279,15 @@ def _weight(entry: Mapping[str, Any], stream: _Stream) -> QuantizedWeight:
     codes = np.zeros((shape[0], int(np.prod(shape[1:], dtype=int))), np.int64)
     for own, width in _by_width(widths):
         codes[own] = stream.integers(codes[own].size, width).reshape(codes[own].shape)
-    names = tuple(entry["names"])
-    return QuantizedWeight(names, entry["form"], widths, codes.reshape(shape), scale, zero_point)
+    return QuantizedWeight(
+        tuple(entry["names"]),
+        entry["form"],
+        widths,
+        codes.reshape(shape),
+        scale,
+        zero_point,
+        entry.get("transposed_groups", 0),
+    )
 
 
 def _tensor(entry: Mapping[str, Any], stream: _Stream) -> QuantizedTensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hawq.allocation import Bits
+from hawq.channels import channels_first
 from hawq.export.packed import (
     FORMAT,
     Floats,
@@ -139,6 +140,8 @@ def _weight_entry(weight: QuantizedWeight, streams: _Streams) -> dict[str, Any]:
         "bits": streams.add_widths(weight.widths),
         "scales": streams.add_ranges(weight.form, weight.widths, weight.scale, weight.zero_point),
     }
+    if weight.transposed_groups:
+        entry["transposed_groups"] = weight.transposed_groups
     for width in np.unique(weight.widths[weight.widths > 0]).tolist():
         streams.add_integers(weight.codes[weight.widths == width], width)
     return entry
@@ -183,6 +186,8 @@ def _quantized(
     names: tuple[str, ...], quantizer: WeightQuantizer, plain: Tensor, rounded: Tensor
 ) -> QuantizedWeight:
     """Read the codes off a quantized weight: whole numbers once scale and offset are known."""
+    groups = quantizer.transposed_groups
+    plain, rounded = channels_first(plain, groups), channels_first(rounded, groups)
     widths = _channel_widths(quantizer.bits, len(plain))
     shape = (-1, *[1] * (plain.ndim - 1))
     columns = widths.reshape(shape)
@@ -191,7 +196,7 @@ def _quantized(
         scale = np.array([plain.tanh().abs().amax().clamp_min(_SMALLEST), plain.abs().mean()])
         steps = (values / scale[0] + 1) / 2 * (2.0**columns - 1)
         codes = np.where(columns > 1, steps.round(), values > 0) * (columns > 0)
-        return _packed_weight(names, "dorefa", widths, codes, scale, np.zeros(2))
+        return _packed_weight(names, "dorefa", widths, codes, scale, np.zeros(2), groups)
     form: Form = "symmetric" if quantizer.scheme.symmetric else "asymmetric"
     scale = quantizer.scale.detach().clamp_min(_SMALLEST).flatten().numpy()
     zero_point = quantizer.zero_point.flatten().numpy()
@@ -202,7 +207,7 @@ def _quantized(
     else:
         codes = np.where(odd, (q - 1) / 2, q) + 2.0 ** (columns - 1)
     codes = codes.round() * (columns > 0)
-    return _packed_weight(names, form, widths, codes, scale, zero_point)
+    return _packed_weight(names, form, widths, codes, scale, zero_point, groups)
 
 
 def _packed_weight(
@@ -212,6 +217,7 @@ def _packed_weight(
     codes: NDArray[Any],
     scale: NDArray[Any],
     zero_point: NDArray[Any],
+    transposed_groups: int,
 ) -> QuantizedWeight:
     return QuantizedWeight(
         names,
@@ -220,6 +226,7 @@ def _packed_weight(
         codes.astype(np.int64),
         scale.astype(np.float32),
         zero_point.astype(np.int64),
+        transposed_groups,
     )
 
 

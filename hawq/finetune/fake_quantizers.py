@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hawq.allocation import Bits
+from hawq.channels import channels_first
 from hawq.finetune.learned_step import fake_quantize
 from hawq.quantizers import Codes, Scheme, dorefa
 from hawq.ranges import fitted_range
@@ -20,20 +21,29 @@ class WeightQuantizer(nn.Module):
     """Quantize a weight, as a parametrization.
 
     Args:
-        weight: Gives the starting scales, output channels first, shape (C, …).
+        weight: Gives the starting scales, as the layer has it.
         bits: 1..8, or one for each output channel, 0..8.
         scheme: How; by default a learned scale for each output channel.
+        transposed_groups: Of a transposed convolution; 0 where output channels come first.
     """
 
     scale: nn.Parameter
     zero_point: Tensor
 
-    def __init__(self, weight: Tensor, bits: Bits, scheme: Scheme | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: Bits,
+        scheme: Scheme | None = None,
+        transposed_groups: int = 0,
+    ) -> None:
         super().__init__()
         self.bits, self.scheme = bits, scheme or Scheme()
+        self.transposed_groups = transposed_groups
         self.active = True
         shared = self.scheme.per == "tensor" and isinstance(bits, int)
-        shape = () if shared else (len(weight), *[1] * (weight.ndim - 1))
+        num_channels = len(channels_first(weight, transposed_groups))
+        shape = () if shared else (num_channels, *[1] * (weight.ndim - 1))
         learns = self.scheme.learning == "lsq"
         ones = torch.ones(shape, device=weight.device, dtype=weight.dtype)
         self.scale = nn.Parameter(ones, requires_grad=learns)
@@ -44,7 +54,8 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Fit the range to a weight, of the same shape."""
-        scale, zero_point = fitted_range(weight.detach().flatten(1), self.bits, self.scheme)
+        rows = channels_first(weight.detach(), self.transposed_groups).flatten(1)
+        scale, zero_point = fitted_range(rows, self.bits, self.scheme)
         self.scale.copy_(scale.view_as(self.scale))
         self.zero_point.copy_(zero_point.view_as(self.zero_point))
         self._codes = None
@@ -53,11 +64,14 @@ class WeightQuantizer(nn.Module):
         """Return the weight's quantized values, same shape."""
         if not self.active:
             return weight
+        rows = channels_first(weight, self.transposed_groups)
         if self.scheme.learning == "dorefa":
-            return dorefa(weight, self.bits)
-        if self._codes is None:
-            self._codes = _codes(self.bits, self.zero_point, self.scheme, signed=True)
-        return fake_quantize(weight, self.scale, self._codes, self.scheme.learning)
+            rounded = dorefa(rows, self.bits)
+        else:
+            if self._codes is None:
+                self._codes = _codes(self.bits, self.zero_point, self.scheme, signed=True)
+            rounded = fake_quantize(rows, self.scale, self._codes, self.scheme.learning)
+        return channels_first(rounded, self.transposed_groups)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)

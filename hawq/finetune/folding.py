@@ -15,12 +15,13 @@ from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights, paramet
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hawq.channels import TransposedConvolution, channels_first, transposed_groups
 from hawq.finetune.batch_norm import BatchNorm
 from hawq.space import evaluating
 
 __all__ = ["Foldable", "FoldedBatchNorm", "fold_batch_norm", "fold_state", "foldable"]
 
-_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | TransposedConvolution
 _NORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # They read what a tensor is, not what is in it.
 _HARMLESS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "__len__", "__hash__"}
@@ -109,7 +110,8 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> nn.Module:
         assert isinstance(norm, BatchNorm)
         if layer.bias is None:
             weight = layer.get_parameter("weight")
-            layer.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
+            num_channels = len(channels_first(weight, transposed_groups(layer)))
+            layer.bias = nn.Parameter(weight.new_zeros(num_channels), weight.requires_grad)
         folded.set_submodule(name, FoldedBatchNorm(layer_name, norm.eps).train(norm.training))
     folded.load_state_dict(fold_state(folded, state))
     return folded
@@ -130,12 +132,13 @@ def fold_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
         of_norm = {key: folded.pop(f"{name}.{key}", None) for key in _NORM_KEYS}
         layer = norm.layer
         is_linear = isinstance(model.get_submodule(layer), nn.Linear)
+        groups = transposed_groups(model.get_submodule(layer))
         fuse = fuse_linear_bn_weights if is_linear else fuse_conv_bn_weights
         mean, variance = of_norm["running_mean"], of_norm["running_var"]
         assert mean is not None
         assert variance is not None
         weight, bias = fuse(
-            nn.Parameter(folded[f"{layer}.weight"]),
+            nn.Parameter(channels_first(folded[f"{layer}.weight"], groups)),
             folded.get(f"{layer}.bias"),
             mean,
             variance,
@@ -143,7 +146,8 @@ def fold_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
             of_norm["weight"] if of_norm["weight"] is not None else torch.ones_like(mean),
             of_norm["bias"] if of_norm["bias"] is not None else torch.zeros_like(mean),
         )
-        folded[f"{layer}.weight"], folded[f"{layer}.bias"] = weight.detach(), bias.detach()
+        folded[f"{layer}.weight"] = channels_first(weight.detach(), groups)
+        folded[f"{layer}.bias"] = bias.detach()
     return folded
 
 

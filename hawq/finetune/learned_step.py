@@ -94,7 +94,8 @@ def _dot(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """Sum the products of all values of a scale, in the scales' shape and type; ``a`` is lost."""
     if scale.numel() > 1:
         products = a.mul_(b)
-        if products.ndim > 2 and products.is_contiguous() and scale.shape[0] == 1:
+        is_second = products.ndim > 2 and scale.shape[1] == scale.numel()
+        if is_second and products.is_contiguous():
             products = products.flatten(2).sum(2)  # along memory, in which the rest is small
             return products.sum(0).to(scale.dtype).view(scale.shape)
         dims = [dim for dim, size in enumerate(scale.shape) if size == 1]

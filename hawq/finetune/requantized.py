@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hawq.allocation import Bits, by_owner
+from hawq.channels import channels_first, transposed_groups
 from hawq.finetune.attachment import attach, detach
 from hawq.finetune.calibration import sample_activations
 from hawq.finetune.fake_quantizers import ActivationQuantizer, WeightQuantizer
@@ -48,7 +49,9 @@ class Requantized:
     ) -> None:
         self.model = model
         self._inputs, self._schemes = inputs, schemes or Schemes()
-        self._weights = {name: _weight(of[0]) for name, of in sharing_layers(model).items()}
+        sharing = sharing_layers(model)
+        self._weights = {name: _weight(of[0]) for name, of in sharing.items()}
+        self._groups = {name: transposed_groups(of[0]) for name, of in sharing.items()}
         self._plain = [(t, t.detach().clone()) for t in [*self._weights.values(), *model.buffers()]]
         self._originals = {name: self._plain[i][1] for i, name in enumerate(self._weights)}
         self._kept_weights: _Kept[Tensor] = _Kept(memory_bytes)
@@ -70,7 +73,11 @@ class Requantized:
         """
         gathered = by_owner(bits)
         weights = {name: b for name, b in gathered.items() if name[:2] == "w:"}
-        _check(weights, {f"w:{name}": len(w) for name, w in self._weights.items()})
+        num_channels = {
+            f"w:{name}": len(channels_first(weight, self._groups[name]))
+            for name, weight in self._weights.items()
+        }
+        _check(weights, num_channels)
         self._restore()
         self._place({name: b for name, b in gathered.items() if name not in weights})
         for name, width in weights.items():
@@ -84,13 +91,14 @@ class Requantized:
     def _quantized(self, name: str, width: Bits) -> Tensor:
         found = self._kept_weights.get((name, width))
         if found is None:
-            plain = self._originals[name]
+            plain, groups = self._originals[name], self._groups[name]
             if _is_mixed(width):
-                found = plain.clone()
+                rows = channels_first(plain, groups).clone()
                 for b, own in _channels(width).items():
-                    found[own] = self._quantized(name, (b,) * len(plain))[own]
-                return found
-            found = WeightQuantizer(plain, width, self._schemes.weights)(plain).detach()
+                    whole = self._quantized(name, (b,) * len(rows))
+                    rows[own] = channels_first(whole, groups)[own]
+                return channels_first(rows, groups)
+            found = WeightQuantizer(plain, width, self._schemes.weights, groups)(plain).detach()
             size = found.numel() * found.element_size()
             self._kept_weights.add((name, width), found, size)
         return found

@@ -41,7 +41,9 @@ class InspectedLayer:
         shape: Of its weight.
         num_elements: Weights.
         macs: Multiply-accumulates for one example.
-        reads: Names of the tensors that it reads; none where it did not run as a module.
+        reads: Names of the tensors that it reads; none where it did not run as a module, or reads
+            indices.
+        is_called: Whether it ran as a module, as far as that is known.
         read_elements: Their sizes together, of one example.
         ties: With whom its output is added or concatenated, or its weight shared: ``"sum 1"``.
     """
@@ -54,6 +56,7 @@ class InspectedLayer:
     reads: tuple[str, ...]
     read_elements: int
     ties: tuple[str, ...]
+    is_called: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ def inspection_view(found: Inspection) -> RenderableType:
             layer.kind,
             "×".join(map(str, layer.shape)),
             f"{layer.num_elements:,}",
-            f"{layer.macs:,}" if layer.reads else "not called",
+            f"{layer.macs:,}" if layer.is_called else "not called",
             # Its own first tensor is most layers' only one.
             ", ".join(name.removeprefix(layer.name) for name in layer.reads),
             f"{layer.read_elements:,}",
@@ -147,7 +150,7 @@ def inspection_view(found: Inspection) -> RenderableType:
     if found.kept:
         names = ", ".join(f"{name} ({count:,})" for name, count in found.kept.items())
         lines.append(f"in floating point, for they cannot be quantized: {names}")
-    silent = [layer.name for layer in found.layers if not layer.reads]
+    silent = [layer.name for layer in found.layers if not layer.is_called]
     if silent:
         lines.append(f"never called as modules, so what they read has no name: {', '.join(silent)}")
     if found.estimator:
@@ -256,6 +259,7 @@ def _inspection(
                 read,
                 sum(sizes.get(tensor, 0) for tensor in read),
                 (*ties.get(layer.name, ()), *shared),
+                bool(read) or isinstance(module, nn.Embedding),
             )
         )
     return Inspection(

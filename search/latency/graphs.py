@@ -56,12 +56,18 @@ def float_graph(
     operator, attributes = ("Conv", _window(call))
     if call.is_linear:
         operator, attributes = "Gemm", {"transB": 1}
+    elif call.output_pads is not None:
+        operator = "ConvTranspose"
+        attributes["output_padding"] = call.output_pads
     constants = {"w": weight, "b": bias}
     return _graph(operator, ["x", "w", "b"], constants, attributes, call.input, np.float32)
 
 
 def integer_graph(call: LayerCall, codes: Codes) -> "ModelProto":
-    """Make the graph of a quantized call, from ``x`` to ``y``, both uint8, channels last."""
+    """Make the graph of a quantized call, from ``x`` to ``y``, both uint8, channels last.
+
+    ONNX Runtime has no such kernel of a transposed convolution.
+    """
     constants: dict[str, NDArray[Any]] = {
         "x_scale": np.array(codes.input_scale, np.float32),
         "x_zero": np.array(codes.input_zero, np.uint8),

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hawq.channels import channels_first, transposed_groups
 from hawq.cost import FLOAT_BITS
 from hawq.finetune import attach, sample_activations
 from hawq.quantizers import Scheme
@@ -176,7 +177,8 @@ def _weight_errors(search: Search, model: nn.Module, space: Space) -> _Errors:
     for name in search.layers:
         weight = layers[name].weight
         assert isinstance(weight, Tensor)
-        found = weight_errors(weight, space.widths, search.config.schemes.weights).numpy()
+        rows = channels_first(weight, transposed_groups(layers[name]))
+        found = weight_errors(rows, space.widths, search.config.schemes.weights).numpy()
         errors[f"w:{name}"] = found if space.groups[0].is_channel else found.sum(0, keepdims=True)
     return errors
 
