@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from search.comparison.making import compared
 from search.config_file import load_config
 from search.errors import InputError
 from search.events import read_events
+from search.results.setting import placeless
 
 pytestmark = pytest.mark.ray
 
@@ -138,6 +140,15 @@ def test_a_menu_of_one_width_is_refused_before_anything_is_scored(finished, tmp_
     path = written(tmp_path, weights={"bits": [3]}, methods=["uniform", "channel", "cw-hawq"])
     with pytest.raises(InputError, match=r"cw-hawq at 3 bits: menu must hold two widths"):
         compare(path, tmp_path / "run", force=True)
+
+
+def test_kept_comparisons_are_read_and_name_no_place_of_a_machine():
+    kept = list((Path(__file__).parents[1] / "configs").rglob("*.comparison.json"))
+    assert kept
+    for path in kept:
+        found = read_comparison(path)
+        assert found.config == placeless(found.config)
+        assert found.searches
 
 
 def test_a_file_that_is_no_comparison_is_refused(tmp_path):
