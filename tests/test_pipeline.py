@@ -20,8 +20,9 @@ from search.artefacts import Summary
 from search.config_file import load_config
 from search.errors import InputError
 from search.events import read_events
-from search.pipeline import STAGES, run
+from search.pipeline import STAGES, run, trained
 from search.spaces import space_of
+from search.stages import curvature
 from search.tasks.classification import ClassificationTask
 from search.tasks.networks import SmallResNet
 
@@ -339,15 +340,14 @@ def test_a_network_without_numbers_is_an_error_that_says_so(ray_cluster, config,
     assert events[-1].kind == "failed"
 
 
-def test_a_network_whose_outputs_have_no_curvature_is_searched_with_a_warning(
-    ray_cluster, config, tmp_path
-):
+def test_traces_that_are_all_zero_are_warned_of(ray_cluster, config, tmp_path):
     state = SmallResNet(8, in_channels=1).state_dict()
     state["linear.weight"] *= 1e6  # every output is sure of one class
     save_file(state, tmp_path / "sure.safetensors")
     changes = [f"task.checkpoint={tmp_path}/sure.safetensors", "task.pretrain=null"]
-    summary = run(config(*changes, "methods=[exact]"), tmp_path / "run")
-    assert set(summary.curvature.trace) == {0.0}
+    with trained(config(*changes, "methods=[exact]"), tmp_path / "run") as search:
+        found = curvature.make(search)
+    assert set(found.trace) == {0.0}
     events = read_events(tmp_path / "run" / "events.jsonl")
     (told,) = [e.message for e in events if e.kind == "warning" and e.stage == "curvature"]
     assert told.startswith("all traces of weights are 0")
