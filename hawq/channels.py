@@ -8,7 +8,7 @@ weight with the O output channels first, shape (O, I / groups, …), as of any o
 
 from torch import Tensor, nn
 
-__all__ = ["TransposedConvolution", "channels_first", "transposed_groups"]
+__all__ = ["TransposedConvolution", "channels_first", "num_channels", "transposed_groups"]
 
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -16,6 +16,14 @@ TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
 def transposed_groups(layer: nn.Module) -> int:
     """Return the groups of a transposed convolution, at least 1; 0 for any other layer."""
     return layer.groups if isinstance(layer, TransposedConvolution) else 0
+
+
+def num_channels(layer: nn.Module) -> int:
+    """Return the channels of a layer's weight."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    groups = transposed_groups(layer)
+    return groups * weight.shape[1] if groups else len(weight)
 
 
 def channels_first(weight: Tensor, groups: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from hawq.channels import TransposedConvolution, channels_first, transposed_groups
+from hawq.channels import TransposedConvolution, num_channels
 from hawq.space import Group, Kind, Space, evaluating, sharing_layers
 
 __all__ = [
@@ -214,8 +214,7 @@ def read_network(model: nn.Module, inputs: Tensor) -> Reads:
     for name, (module, *_) in sharing.items():
         weight = module.weight
         assert isinstance(weight, Tensor)
-        num_channels = len(channels_first(weight, transposed_groups(module)))
-        layers.append(Layer(name, weight.numel(), num_channels, macs[name]))
+        layers.append(Layer(name, weight.numel(), num_channels(module), macs[name]))
     alive = tuple(
         tuple(s.activation.name for s in watch.seen if s.born < following and step <= s.needed)
         for step, following in pairwise([*watch.steps, inf])

@@ -72,7 +72,6 @@ def run(
     from search.pipeline import run as run_search
     from search.results.file import read_results
     from search.results.record import record, typed
-    from search.telemetry import Telemetry
     from search.terminal import LiveView, result_table
 
     folder = out or Path("runs") / config.stem
@@ -85,7 +84,7 @@ def run(
                 folder,
                 name=config.stem,
                 force=force,
-                listeners=[view, noting_commits(folder), Telemetry(config.stem)],
+                listeners=[view, noting_commits(folder)],
             )
     except KeyboardInterrupt:  # here, because Typer would only say "Aborted"
         _fail("interrupted: run the same command again to go on", 130)

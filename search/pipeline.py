@@ -69,6 +69,7 @@ from search.tables import network_costs
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights
 from search.tasks.folded import FoldedTask, folding
+from search.telemetry import Telemetry
 from search.trials.tracking import refuse_untrackable
 
 __all__ = [
@@ -141,15 +142,17 @@ def run(
     out: Path,
     *,
     name: str = "search",
+    attempt: int = 1,
     force: bool = False,
     listeners: Iterable[Listener] = (),
 ) -> Summary:
-    """Run a search, or the rest of one.
+    """Run a search, or the rest of one; Ray's metrics tell of it, too.
 
     Args:
         config: What to search.
         out: The run's folder; finished stages in it are skipped.
-        name: For the report's title.
+        name: For the report's title, and of its metrics.
+        attempt: Number of those at this search, for its metrics.
         force: Run again the stages that a changed config invalidates, instead of refusing.
         listeners: Called with every event.
 
@@ -159,7 +162,8 @@ def run(
     Raises:
         InputError: If something that was given is wrong; nothing is half-written then.
     """
-    with _under_way(config, out, stages_of(config), force, listeners) as (search, cluster):
+    told: list[Listener] = [*listeners, Telemetry(name, attempt)]
+    with _under_way(config, out, stages_of(config), force, told) as (search, cluster):
         _refuse_recipe(search.task, config.finetune.recipe(), "finetune")
         for remark in search.task.remarks() if hasattr(search.task, "remarks") else ():
             search.events.emit("run", "warning", remark)

@@ -85,7 +85,7 @@ class Telemetry:
         attempt: Number of the attempt.
     """
 
-    def __init__(self, search: str, attempt: int = 1) -> None:
+    def __init__(self, search: str, attempt: int) -> None:
         self._search, self._attempt = search, attempt
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}

@@ -46,7 +46,7 @@ def test_without_a_cluster_nothing_happens():
     import ray  # noqa: PLC0415
 
     if not ray.is_initialized():
-        Telemetry("s")(Event(0.0, "model", "started"))
+        Telemetry("s", 1)(Event(0.0, "model", "started"))
 
 
 @pytest.mark.ray

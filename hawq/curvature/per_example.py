@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hawq.channels import TransposedConvolution, channels_first, transposed_groups
+from hawq.channels import TransposedConvolution, num_channels, transposed_groups
 from hawq.curvature.columns import Directions, directions
 from hawq.curvature.probes import rademacher
 from hawq.space import sharing_layers
@@ -223,12 +223,11 @@ def _row_norms(layer: nn.Module, calls: Sequence[_Call], rows: Tensor) -> Tensor
     """Return the squared norms of the rows of each example's weight gradient, (n, O)."""
     weight, groups = layer.weight, transposed_groups(layer)
     assert isinstance(weight, Tensor)
-    num_channels = len(channels_first(weight, groups))
-    norms = torch.zeros(len(rows), num_channels, dtype=torch.float64)
+    norms = torch.zeros(len(rows), num_channels(layer), dtype=torch.float64)
     if not calls or not len(rows):
         return norms
     is_table = isinstance(layer, nn.Embedding)
-    formed = num_channels if is_table else 2 * weight.numel()
+    formed = len(weight) if is_table else 2 * weight.numel()
     numbers = sum(call.numbers() for call in calls) + formed
     chunk = max(1, _CHUNK_BYTES // (numbers * weight.element_size()))
     everyone = len(rows) == len(calls[0].x)
@@ -237,7 +236,7 @@ def _row_norms(layer: nn.Module, calls: Sequence[_Call], rows: Tensor) -> Tensor
         # A slice is a view; taking rows by index would copy them.
         chosen = [call.of(own if everyone else rows[own]) for call in calls]
         if is_table:
-            norms[own] = _table_norms(chosen, num_channels).double().cpu()
+            norms[own] = _table_norms(chosen, len(weight)).double().cpu()
         else:
             norms[own] = _cheaper_norms(weight, chosen, groups).double().cpu()
     return norms

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
-from hawq.channels import channels_first, transposed_groups
+from hawq.channels import num_channels
 from hawq.curvature.network import differentiable
 from hawq.reads import channel_axis, tensor_name
 
@@ -62,8 +62,7 @@ def weight_sites(model: nn.Module, layers: Sequence[str]) -> tuple[Site, ...]:
         layer = model.get_submodule(name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        num_channels = len(channels_first(weight, transposed_groups(layer)))
-        sites.append(Site(name, weight.numel(), num_channels))
+        sites.append(Site(name, weight.numel(), num_channels(layer)))
     return tuple(sites)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hawq.allocation import Bits, by_owner
-from hawq.channels import channels_first, transposed_groups
+from hawq.channels import num_channels, transposed_groups
 from hawq.finetune.fake_quantizers import ActivationQuantizer, WeightQuantizer
 from hawq.quantizers import Scheme, Schemes
 from hawq.reads import Reads, channel_axis, read_network
@@ -75,8 +75,8 @@ def attach(
         _attach_to_activations(model, quantizers, reads, example.device)
     for name, width in weights.items():
         weight = _weight(layers[name][0])
+        _check_channels(f"w:{name}", width, num_channels(layers[name][0]))
         groups = transposed_groups(layers[name][0])
-        _check_channels(f"w:{name}", width, len(channels_first(weight, groups)))
         shared = WeightQuantizer(weight, width, schemes.weights, groups)
         for module in _holders(model, layers[name]):
             parametrize.register_parametrization(module, "weight", shared)

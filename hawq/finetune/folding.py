@@ -15,7 +15,12 @@ from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights, paramet
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from hawq.channels import TransposedConvolution, channels_first, transposed_groups
+from hawq.channels import (
+    TransposedConvolution,
+    channels_first,
+    num_channels,
+    transposed_groups,
+)
 from hawq.finetune.batch_norm import BatchNorm
 from hawq.space import evaluating
 
@@ -110,8 +115,8 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> nn.Module:
         assert isinstance(norm, BatchNorm)
         if layer.bias is None:
             weight = layer.get_parameter("weight")
-            num_channels = len(channels_first(weight, transposed_groups(layer)))
-            layer.bias = nn.Parameter(weight.new_zeros(num_channels), weight.requires_grad)
+            bias = weight.new_zeros(num_channels(layer))
+            layer.bias = nn.Parameter(bias, weight.requires_grad)
         folded.set_submodule(name, FoldedBatchNorm(layer_name, norm.eps).train(norm.training))
     folded.load_state_dict(fold_state(folded, state))
     return folded

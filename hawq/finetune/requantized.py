@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hawq.allocation import Bits, by_owner
-from hawq.channels import channels_first, transposed_groups
+from hawq.channels import channels_first, num_channels, transposed_groups
 from hawq.finetune.attachment import attach, detach
 from hawq.finetune.calibration import sample_activations
 from hawq.finetune.fake_quantizers import ActivationQuantizer, WeightQuantizer
@@ -52,6 +52,7 @@ class Requantized:
         sharing = sharing_layers(model)
         self._weights = {name: _weight(of[0]) for name, of in sharing.items()}
         self._groups = {name: transposed_groups(of[0]) for name, of in sharing.items()}
+        self._channels = {f"w:{name}": num_channels(of[0]) for name, of in sharing.items()}
         self._plain = [(t, t.detach().clone()) for t in [*self._weights.values(), *model.buffers()]]
         self._originals = {name: self._plain[i][1] for i, name in enumerate(self._weights)}
         self._kept_weights: _Kept[Tensor] = _Kept(memory_bytes)
@@ -73,11 +74,7 @@ class Requantized:
         """
         gathered = by_owner(bits)
         weights = {name: b for name, b in gathered.items() if name[:2] == "w:"}
-        num_channels = {
-            f"w:{name}": len(channels_first(weight, self._groups[name]))
-            for name, weight in self._weights.items()
-        }
-        _check(weights, num_channels)
+        _check(weights, self._channels)
         self._restore()
         self._place({name: b for name, b in gathered.items() if name not in weights})
         for name, width in weights.items():
@@ -138,8 +135,8 @@ class Requantized:
     def _ranged(self, like: ActivationQuantizer, width: Bits) -> ActivationQuantizer:
         found = self._kept_ranges.get((like.name, width))
         if found is None:
-            num_channels = like.scale.numel() if like.scale.ndim else None
-            found = ActivationQuantizer(width, like.name, like.axis, like.scheme, num_channels)
+            channels = like.scale.numel() if like.scale.ndim else None
+            found = ActivationQuantizer(width, like.name, like.axis, like.scheme, channels)
             found.to(like.scale.device).train(like.training)
             if _is_mixed(width):
                 for b, own in _channels(width).items():
@@ -188,17 +185,17 @@ def _kinds(bits: Mapping[str, Bits]) -> dict[str, bool]:
     return {name: not isinstance(width, int) for name, width in bits.items()}
 
 
-def _check(bits: Mapping[str, Bits], num_channels: Mapping[str, int]) -> None:
-    unknown = sorted(set(bits) - set(num_channels))
+def _check(bits: Mapping[str, Bits], channels: Mapping[str, int]) -> None:
+    unknown = sorted(set(bits) - set(channels))
     if unknown:
         raise ValueError(
             "bits must name quantizable layers as w:LAYER and what they read as a:LAYER#i, "
             f"got {unknown[:5]}"
         )
     for name, width in bits.items():
-        if not isinstance(width, int) and len(width) != num_channels[name]:
+        if not isinstance(width, int) and len(width) != channels[name]:
             raise ValueError(
-                f"{name} must have bits for {num_channels[name]} channels, got {len(width)}"
+                f"{name} must have bits for {channels[name]} channels, got {len(width)}"
             )
 
 

@@ -10,7 +10,6 @@ from search.config_file import load_config
 from search.errors import InputError
 from search.events import Event, Listener
 from search.pipeline import run
-from search.telemetry import Telemetry
 
 __all__ = ["compare"]
 
@@ -52,7 +51,7 @@ def compare(
         if kept is not None and event.stage == "searches" and event.kind == "note":
             write_comparison(kept, compared(out, path.stem))
 
-    run(config, out, name=path.stem, force=force, listeners=[view, keep, Telemetry(path.stem)])
+    run(config, out, name=path.stem, force=force, listeners=[view, keep])
     found = read_comparison(out / "comparison.json")
     if kept is not None:
         write_comparison(kept, found)

@@ -43,9 +43,9 @@ class InspectedLayer:
         macs: Multiply-accumulates for one example.
         reads: Names of the tensors that it reads; none where it did not run as a module, or reads
             indices.
-        is_called: Whether it ran as a module, as far as that is known.
         read_elements: Their sizes together, of one example.
         ties: With whom its output is added or concatenated, or its weight shared: ``"sum 1"``.
+        is_called: Whether it ran as a module, as far as that is known.
     """
 
     name: str

@@ -62,7 +62,7 @@ def create_app(store: Store, settings: Settings, supervisor: Supervisor | None =
         if supervisor is not None:
             supervisor.start()
         to_thread.current_default_thread_limiter().total_tokens = _THREADS
-        gc.freeze()  # to look through all that was imported would hold up requests for 0.3 s
+        gc.freeze()  # to look through all that was imported would hold up requests for 0.2 s
         yield
         if supervisor is not None:
             supervisor.close()

@@ -24,7 +24,6 @@ from search.errors import InputError
 from search.events import Event, Listener
 from search.pipeline import run
 from search.service.record import Heartbeat, Outcome, SearchFolder
-from search.telemetry import Telemetry
 from search.terminal import LiveView
 
 __all__ = ["drive", "main"]
@@ -111,9 +110,9 @@ def drive(folder: SearchFolder, attempt: int, address: str) -> None:
         # Connected here, so that a cluster that is gone is an accident, and no mistake of the
         # config's.
         with connected(address, dashboard=False, about=record.labels):
-            listeners: list[Listener] = [view, heart, Telemetry(record.name, attempt)]
+            listeners: list[Listener] = [view, heart]
             try:
-                run(config, folder.run, name=record.name, listeners=listeners)
+                run(config, folder.run, name=record.name, attempt=attempt, listeners=listeners)
             except InputError as error:
                 outcome = Outcome(attempt=attempt, ended="refused", reason=str(error))
                 sys.stderr.write(f"error: {error}\n")
