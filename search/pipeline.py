@@ -68,7 +68,7 @@ from search.stages.search import Search
 from search.tables import network_costs
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights
-from search.tasks.folded import FoldedTask, folding
+from search.tasks.rewritten import FoldedTask, folding
 from search.telemetry import Telemetry
 from search.trials.tracking import refuse_untrackable
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import hawq
 import search
+from hawq.attention import project_attention
 from hawq.curvature import choose_estimator
 from hawq.factors import softmax_factor
 from hawq.finetune import attach
@@ -72,15 +73,14 @@ class Excited(nn.Module):
 
 
 class Attentive(nn.Module):
-    """A block of a transformer, its attention made of linear layers, over patches."""
+    """A block of a transformer over patches."""
 
     def __init__(self, width=8):
         super().__init__()
         self.embed = nn.Linear(48, width)
         self.place = nn.Parameter(torch.randn(4, width) / 10)
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.out = nn.Linear(width, width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
         self.wide, self.narrow = nn.Linear(width, 16), nn.Linear(16, width)
         self.head = nn.Linear(width, 3)
 
@@ -88,8 +88,7 @@ class Attentive(nn.Module):
         patches = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(len(x), 4, 48)
         x = self.embed(patches) + self.place
         y = self.first(x)
-        mixed = F.scaled_dot_product_attention(self.query(y), self.key(y), self.value(y))
-        x = x + self.out(mixed)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
         x = x + self.narrow(F.gelu(self.wide(self.second(x))))
         return self.head(x.mean(1))
 
@@ -155,6 +154,8 @@ def test_a_network_that_nobody_has_seen_is_searched_to_the_end(ray_cluster, tmp_
     assert summary.model.search_size == 9
     expected = {Depthwise: "gauss_newton"}.get(kind, "corrected_gauss_newton")
     assert summary.curvature.estimator.endswith(expected)
+    if kind is Attentive:
+        assert {f"w:attention.{name}_proj" for name in ("q", "k", "v", "out")} < found.bits.keys()
     if kind is not Depthwise:
         return
     # Later commands find everything in the folder, and nothing is done again.
@@ -191,8 +192,9 @@ def test_a_network_that_reads_words_is_searched_and_exported(ray_cluster, tmp_pa
 
 def test_fused_attention_is_differentiated_twice():
     torch.manual_seed(0)
+    model = project_attention(Attentive())
     found = hawq.traces(
-        Attentive(), [pictures(8, 0)], num_examples=8, batch_size=4, rtol=0.3, max_probes=8
+        model, [pictures(8, 0)], num_examples=8, batch_size=4, rtol=0.3, max_probes=8
     )
     assert found.estimator == "corrected_gauss_newton", found.reason
 

@@ -28,8 +28,8 @@ from search.spaces import reads_of, space_of
 from search.tasks.build import build_task
 from search.tasks.detection import DetectionTask
 from search.tasks.detectors import detector_config
-from search.tasks.folded import FoldedTask
 from search.tasks.mmcv_ops import serve_mmcv_ops
+from search.tasks.rewritten import FoldedTask
 
 serve_mmcv_ops()
 

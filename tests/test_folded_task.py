@@ -15,7 +15,7 @@ from search.errors import InputError
 from search.tasks.build import build_task
 from search.tasks.checkpoint import load_weights, save_state
 from search.tasks.classification import ClassificationTask
-from search.tasks.folded import FoldedTask, folding
+from search.tasks.rewritten import FoldedTask, folding
 
 DIGITS = ClassificationTask("digits", None, "resnet8", search_size=200)
 

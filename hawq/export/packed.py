@@ -1,6 +1,7 @@
 """Packed networks: integers at their real width, read back to the values that were tested.
 
-This page defines the file and needs numpy and torch alone. It is a safetensors file with
+This page defines the file and, but for a network's attention, needs numpy and torch alone. It is a
+safetensors file with
 
     index    zlib-compressed JSON: what follows in the streams, in order, and ``about``
     codes    uint8: bit streams, the lowest bit first, each filled up to a whole byte
@@ -30,6 +31,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from hawq.attention import project_attention
 
 __all__ = ["Form", "Packed", "QuantizedTensor", "QuantizedWeight", "Rounding", "load", "read"]
 
@@ -214,6 +217,8 @@ def read(data: bytes) -> Packed:
 def load(packed: Packed, model: nn.Module) -> nn.Module:
     """Make a network what was packed, in place, and return it in eval mode.
 
+    The projections of ``nn.MultiheadAttention`` become layers of their own, as in the file.
+
     Args:
         packed: What a file held.
         model: The network's code, in floating point; its weights are loaded over.
@@ -221,6 +226,7 @@ def load(packed: Packed, model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it is another network.
     """
+    project_attention(model)
     counters = {n: t for n, t in model.state_dict().items() if n.endswith("num_batches_tracked")}
     try:
         model.load_state_dict(counters | packed.state)

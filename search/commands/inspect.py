@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from hawq.attention import project_attention
 from hawq.cost import FLOAT_BITS, mib
 from hawq.curvature import choose_estimator
 from hawq.reads import Reads, read_network
@@ -161,7 +162,7 @@ def inspection_view(found: Inspection) -> RenderableType:
 def _published(name: str, resolution: int | None, estimator: bool) -> Inspection:
     network = ZooNetwork(name)
     size = network.preprocessing().at(resolution).size
-    model = network.build(0)
+    model = project_attention(network.build(0))
     images = torch.randn(_EXAMPLES, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         reads = read_network(model, images)

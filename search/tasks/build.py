@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hawq.attention import joint_attention
 from hawq.task import Task
 from search.config import DetectorConfig, TaskConfig
 from search.errors import InputError
@@ -20,10 +21,10 @@ from search.tasks.factories import (
     imported,
     outputs_of,
 )
-from search.tasks.folded import FoldedTask, folding
 from search.tasks.given import Given, Loss, Made, given, given_task
 from search.tasks.imagenet import imagenet_task
 from search.tasks.portable import packed
+from search.tasks.rewritten import FoldedTask, ProjectedTask, folding
 from search.tasks.zoo import Preprocessing, ZooNetwork
 
 __all__ = ["build_task"]
@@ -40,9 +41,13 @@ def build_task(config: TaskConfig, seed: int) -> Task:
         InputError: If the factory cannot be imported, or does not make a task, or its network has
             no batch-norm that could be folded.
     """
-    plain = _plain_task(config, seed)
-    if not config.fold_batch_norm:
-        return plain
+    task = _plain_task(config, seed)
+    if joint_attention(task.model()):
+        task = ProjectedTask(task)
+    return _folded(task) if config.fold_batch_norm else task
+
+
+def _folded(plain: Task) -> Task:
     task = FoldedTask(plain)
     found = folding(task)
     if not found.layers:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from hawq.attention import project_state
 from hawq.finetune.folding import fold_state
 from search.errors import InputError
 from search.folder import write_atomically
@@ -22,12 +23,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load a checkpoint into a network.
 
     A ``module.`` before every name (data-parallel training) is dropped, and a torch file may hold
-    the weights under ``state_dict`` or ``model``. A folded network takes those of the unfolded one.
+    the weights under ``state_dict`` or ``model``. A folded network takes those of the unfolded one,
+    one with projected attention those of the joint one.
 
     Raises:
         InputError: If the file cannot be read, or names or shapes do not match.
     """
-    state = _folded(model, read_state(path))
+    state = _folded(model, project_state(model, read_state(path)))
     expected = model.state_dict()
     # Old checkpoints lack this counter of batch-norm, which evaluation never reads.
     optional = {name for name in expected if name.endswith("num_batches_tracked")}

@@ -1,9 +1,11 @@
-"""A task whose network has its batch-norms folded into its layers: all that follows sees that one.
+"""A task whose network is written in other layers first: all that follows sees that network.
 
-Curvature, Ω and trials are then of the weights that integer hardware multiplies with.
+With folded batch-norms, curvature, Ω and trials are of the weights that integer hardware multiplies
+with; with projected attention, all of its weights are weights of layers.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hawq.attention import project_attention
 from hawq.finetune import fold_batch_norm
 from hawq.finetune.folding import Foldable, foldable
 from hawq.task import Batch, Factor, Task, curved
 
-__all__ = ["FoldedTask", "folding"]
+__all__ = ["FoldedTask", "ProjectedTask", "folding"]
 
 
 @dataclass(frozen=True)
-class FoldedTask:
-    """Another task with a folded network; see ``hawq.task.Task``.
+class _RewrittenTask(ABC):
+    """Another task with a network that computes the same; see ``hawq.task.Task``.
 
     What else the task has, it has too: a score that is no mean, a divergence to learn by, pictures.
 
@@ -43,17 +46,17 @@ class FoldedTask:
 
     @property
     def fingerprint(self) -> str:
-        """Another one than the inner task's: the weights to quantize are others."""
-        return hashlib.sha256(f"{self.inner.fingerprint} folded".encode()).hexdigest()[:16]
+        """The inner task's."""
+        return self.inner.fingerprint
 
     @property
     def search_seen(self) -> bool:
         """The inner task's."""
         return self.inner.search_seen
 
+    @abstractmethod
     def model(self) -> nn.Module:
-        """Build the network and fold it."""
-        return fold_batch_norm(self.inner.model(), _example(self.inner))
+        """Build the network and rewrite it."""
 
     def size(self, split: str) -> int:
         """Count the examples of a split."""
@@ -87,6 +90,27 @@ class FoldedTask:
         """Smooth the inner task, if it asks for that."""
         inner, what = curved(self.inner)
         return replace(self, inner=inner), what
+
+
+class FoldedTask(_RewrittenTask):
+    """With batch-norms folded into the layers before them."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one than the inner task's: the weights to quantize are others."""
+        return hashlib.sha256(f"{self.inner.fingerprint} folded".encode()).hexdigest()[:16]
+
+    def model(self) -> nn.Module:
+        """Build the network and fold it."""
+        return fold_batch_norm(self.inner.model(), _example(self.inner))
+
+
+class ProjectedTask(_RewrittenTask):
+    """With the projections of torch's attention as layers of their own."""
+
+    def model(self) -> nn.Module:
+        """Build the network and take its attention apart."""
+        return project_attention(self.inner.model())
 
 
 def folding(task: FoldedTask) -> Foldable:
