@@ -11,18 +11,29 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten, treespec_loads
 
 from hawq.export import Packed, load, read
-from hawq.export.onnx_graph import INPUT
 from hawq.task import Task
 from search.errors import InputError
 
-__all__ = ["ABOUT", "Exported", "Format", "OnnxRun", "network_of", "onnx_session", "read_exported"]
+if TYPE_CHECKING:
+    from hawq.export.onnx_graph import OnnxGraph
+
+__all__ = [
+    "ABOUT",
+    "Exported",
+    "Format",
+    "OnnxRun",
+    "graph_of",
+    "network_of",
+    "onnx_session",
+    "read_exported",
+]
 
 Format = Literal["packed", "onnx", "torch"]
 ABOUT = "hawq"
@@ -96,6 +107,23 @@ def network_of(exported: Exported, task: Task, threads: int = 1) -> nn.Module:
     return _detector(exported.path, plain, runner) if hasattr(plain, "predict") else runner
 
 
+def graph_of(packed: Packed, model: nn.Module, example: Tensor, *, is_dynamic: bool) -> "OnnxGraph":
+    """Make the graph of a packed network; see ``hawq.export.onnx_graph``.
+
+    Raises:
+        InputError: If onnx is not installed.
+        ValueError: If the network is another one, or an operator of it has no place in ONNX.
+    """
+    try:
+        from hawq.export.onnx_graph import onnx_graph  # noqa: PLC0415  an optional part
+    except ImportError as error:
+        raise InputError(
+            "onnx must be installed to make an ONNX graph, got none: pip install "
+            "'hawq-search[export]'"
+        ) from error
+    return onnx_graph(packed, model, example, is_dynamic=is_dynamic)
+
+
 def onnx_session(content: bytes, threads: int, optimized: Path | None = None) -> Any:
     """Open a graph in ONNX Runtime, on the processor.
 
@@ -139,7 +167,8 @@ class OnnxRun:
 
     def __call__(self, x: Tensor) -> Any:
         """Return what the network returns."""
-        found = self._session.run(None, {INPUT: x.contiguous().numpy()})
+        (taken,) = self._session.get_inputs()
+        found = self._session.run(None, {taken.name: x.contiguous().numpy()})
         return tree_unflatten([torch.from_numpy(value) for value in found], self._spec)
 
 

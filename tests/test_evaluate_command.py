@@ -1,6 +1,7 @@
 """``hawq evaluate`` measures the file itself."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,15 @@ def test_a_file_scores_what_the_run_reports(run, files, to):
 def test_packed_scores_are_the_report_s_to_the_last_bit(run, files):
     found = evaluate_file(files / "packed", run / "config.yaml", seconds=0)
     assert float(found.scores.mean()) == found.file.about["test"]
+
+
+def test_a_file_that_grew_is_not_called_smaller(run, files):
+    found = evaluate_file(files / "packed", run / "config.yaml", seconds=0)
+    for grown, told in (
+        (found.float_bytes * 2, " bytes, 2.00 times the "),
+        (found.float_bytes // 2, " bytes, 2.00 times smaller than the "),
+    ):
+        assert told in " ".join(measured_lines(replace(found, num_bytes=grown)))
 
 
 @pytest.mark.parametrize("to", ["packed", "onnx", "torch"])

@@ -124,6 +124,13 @@ def test_graphs_and_programs_compute_the_same(run, tmp_path, to, batch):
         assert file.about["notes"]
 
 
+def test_a_graph_without_onnx_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.delitem(sys.modules, "hawq.export.onnx_graph", raising=False)
+    with pytest.raises(InputError, match=r"onnx must be installed .*hawq-search\[export\]"):
+        export(chosen(run, "exact", "13.11"), tmp_path / "file", "onnx")
+
+
 def test_where_a_file_came_from_goes_with_it(run, tmp_path):
     export(chosen(run, "exact", "13.11×"), tmp_path / "file", "packed")
     about = read_exported(tmp_path / "file").about

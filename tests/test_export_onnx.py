@@ -89,6 +89,23 @@ def test_onnx_runtime_computes_what_was_tested(schemes, bits, by_channel):
             assert close.float().mean() > 0.97
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_channels_of_a_sequence_have_scales_of_their_own(bits, symmetric):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+    model, sequences = network(), torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(2))
+    given = {f"a:0#0[{c}]": 3 + c for c in range(6)} | {f"a:2#0[{c}]": 1 + c for c in range(8)}
+    schemes = Schemes(activations=Scheme(symmetric=symmetric))
+    attach(model, given | {"w:0": bits, "w:2": bits}, sequences, schemes)
+    calibrate(model, [sequences])
+    graph = onnx_graph(pack(model), network(), sequences)
+    (found,) = computed(graph, sequences)
+    np.testing.assert_allclose(found, model(sequences).detach().numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("bits", "symmetric", "kind"),
     [

@@ -4,7 +4,7 @@ ONNX has integers of 4, 8 and 16 bits: what is narrower is held in the nearest o
 its own levels. What a layer reads goes through QuantizeLinear, which divides where training
 multiplies by the reciprocal: a value in the middle between two codes may fall to the other side.
 
-``onnx`` is imported when a graph is made: it is an optional part.
+The page needs the package ``onnx``, an optional part.
 """
 
 import io
@@ -14,19 +14,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hawq.export.packed import Packed, QuantizedTensor, QuantizedWeight, Rounding, load
-
-if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 __all__ = ["OnnxGraph", "onnx_graph"]
 
@@ -58,7 +57,7 @@ class OnnxGraph:
         notes: Which widths are held in which type, in words.
     """
 
-    model: "ModelProto"
+    model: ModelProto
     notes: tuple[str, ...]
 
 
@@ -76,8 +75,6 @@ def onnx_graph(
     Raises:
         ValueError: If the network is another one, or an operator of it has no place in ONNX.
     """
-    import onnx  # noqa: PLC0415  an optional part
-
     network = _Flat(load(packed, model)).eval()
     marks = _mark(network)
     with torch.no_grad(), _Decisions() as decisions:
@@ -93,7 +90,7 @@ def onnx_graph(
     ]
     exported.ir_version = _IR_VERSION
     del exported.opset_import[:]
-    exported.opset_import.append(onnx.helper.make_opsetid("", _OPSET))
+    exported.opset_import.append(helper.make_opsetid("", _OPSET))
     onnx.checker.check_model(exported)
     return OnnxGraph(exported, tuple(notes))
 
@@ -201,15 +198,13 @@ def _exported(
     return content
 
 
-def _free_biases(graph: "GraphProto", packed: Packed, marks: list[_Mark]) -> None:
+def _free_biases(graph: GraphProto, packed: Packed, marks: list[_Mark]) -> None:
     """Add biases behind their layers where ONNX Runtime would round them.
 
     Between a rounded input and a rounded weight it holds a bias in steps of the product of both
     scales. Its integer kernels need that, and of 8 bits the steps are small; of 4 bits they cost a
     tenth of what a network returns.
     """
-    from onnx import TensorProto  # noqa: PLC0415  an optional part
-
     weights = {f"network.{name}": weight for weight in packed.weights for name in weight.names}
     tensors = {tensor.name: tensor for tensor in packed.tensors}
     reads = {
@@ -242,7 +237,7 @@ def _free_biases(graph: "GraphProto", packed: Packed, marks: list[_Mark]) -> Non
     graph.node.extend(nodes)
 
 
-def _insert_weights(graph: "GraphProto", weights: Iterable[QuantizedWeight]) -> Iterator[str]:
+def _insert_weights(graph: GraphProto, weights: Iterable[QuantizedWeight]) -> Iterator[str]:
     """Hold quantized weights as integers; say in which types."""
     places = {constant.name: i for i, constant in enumerate(graph.initializer)}
     nodes: list[NodeProto] = []
@@ -279,14 +274,12 @@ def _is_kept(weight: QuantizedWeight) -> bool:
 
 def _dequantized(
     weight: QuantizedWeight, constants: list[str], name: str
-) -> tuple[list["NodeProto"], list["TensorProto"]]:
+) -> tuple[list[NodeProto], list[TensorProto]]:
     """Make the nodes that turn integers into a weight, and the sizes that they need.
 
     Scales of the output channels of a transposed convolution lie on the weight's second axis; with
     groups they lie on two, so that its integers are held with the output channels first.
     """
-    from onnx import TensorProto, helper  # noqa: PLC0415  an optional part
-
     if _is_kept(weight):
         axis = min(weight.transposed_groups, 1)
         return [_node("DequantizeLinear", constants, name, axis)], []
@@ -310,10 +303,8 @@ def _dequantized(
     ]
 
 
-def _integers(weight: QuantizedWeight, name: str) -> tuple[list["TensorProto"], str]:
+def _integers(weight: QuantizedWeight, name: str) -> tuple[list[TensorProto], str]:
     """Return a weight's integers, scales and zero points, and the type of the integers."""
-    from onnx import TensorProto  # noqa: PLC0415  an optional part
-
     shape = (-1, *[1] * (weight.codes.ndim - 1))
     widths = weight.widths.reshape(shape)
     scale, zero_point = weight.scale, weight.zero_point
@@ -345,7 +336,7 @@ def _integers(weight: QuantizedWeight, name: str) -> tuple[list["TensorProto"], 
 
 
 def _insert_tensors(
-    graph: "GraphProto", tensors: Iterable[QuantizedTensor], marks: list[_Mark]
+    graph: GraphProto, tensors: Iterable[QuantizedTensor], marks: list[_Mark]
 ) -> Iterator[str]:
     """Put the rounding where the marks are; say what holds what."""
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -380,10 +371,8 @@ def _insert_tensors(
 
 def _rounding(
     tensor: QuantizedTensor, mark: _Mark, source: str, target: str
-) -> tuple[list["NodeProto"], list["TensorProto"]]:
+) -> tuple[list[NodeProto], list[TensorProto]]:
     """Make the nodes that round a tensor, and their constants."""
-    from onnx import TensorProto  # noqa: PLC0415  an optional part
-
     low, high, step, offset = tensor.lines
     unit, shift = tensor.scale * step, tensor.scale * offset
     is_one = len(unit) == 1
@@ -406,7 +395,14 @@ def _rounding(
     if is_one:
         steps = [("Clip", ["low", "high"])]
     steps += [("QuantizeLinear", ["scale", "zero_point"])]
-    steps += [("DequantizeLinear", ["scale", "zero_point"])]
+    if is_one or axis < mark.rank - 1:
+        steps += [("DequantizeLinear", ["scale", "zero_point"])]
+    else:
+        # ONNX Runtime would fuse scales of channels with the product that follows, and then refuse
+        # to run it; a multiplication of its own keeps them apart.
+        ones = np.ones_like(values["scale"])
+        constants.append(_constant(f"{prefix}/one", ones, TensorProto.FLOAT, 32))
+        steps += [("DequantizeLinear", ["one", "zero_point"]), ("Mul", ["scale"])]
     if shift.any():
         steps = [("Sub", ["shift"]), *steps, ("Add", ["shift"])]
     nodes = []
@@ -420,19 +416,15 @@ def _rounding(
     return nodes, [constant for constant in constants if constant.name in used]
 
 
-def _node(operator: str, inputs: list[str], output: str, axis: int | None = None) -> "NodeProto":
-    from onnx import helper  # noqa: PLC0415  an optional part
-
+def _node(operator: str, inputs: list[str], output: str, axis: int | None = None) -> NodeProto:
     node = helper.make_node(operator, inputs, [output])
     if axis is not None:
         node.attribute.append(helper.make_attribute("axis", axis))
     return node
 
 
-def _constant(name: str, value: NDArray[Any], data_type: int, bits: int) -> "TensorProto":
+def _constant(name: str, value: NDArray[Any], data_type: int, bits: int) -> TensorProto:
     """Make a constant; integers of 4 bits lie two in a byte, the first one lowest."""
-    from onnx import helper  # noqa: PLC0415  an optional part
-
     if bits == 4:
         flat = np.pad(value.ravel(), (0, value.size % 2)) & 15
         raw = (flat[::2] | flat[1::2] << 4).astype(np.uint8).tobytes()

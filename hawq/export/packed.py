@@ -32,8 +32,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hawq.attention import project_attention
-
 __all__ = ["Form", "Packed", "QuantizedTensor", "QuantizedWeight", "Rounding", "load", "read"]
 
 Form = Literal["symmetric", "unsigned", "asymmetric", "dorefa"]
@@ -226,7 +224,10 @@ def load(packed: Packed, model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it is another network.
     """
-    project_attention(model)
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        from hawq.attention import project_attention  # noqa: PLC0415  so that the page stands alone
+
+        project_attention(model)
     counters = {n: t for n, t in model.state_dict().items() if n.endswith("num_batches_tracked")}
     try:
         model.load_state_dict(counters | packed.state)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hawq.export import Packed, pack
-from hawq.export.onnx_graph import INPUT, onnx_graph
 from hawq.finetune import evaluate as scores_of
 from hawq.task import Task
 from search.config_file import load_config
 from search.errors import InputError
-from search.exported import Exported, network_of, onnx_session, read_exported
+from search.exported import Exported, graph_of, network_of, onnx_session, read_exported
 from search.latency.stopwatch import Timing, timed_in_turns
 from search.tasks.build import build_task
 
@@ -212,7 +211,8 @@ def _speed(
         session = onnx_session(content, threads, optimized)
         num_integer, num_float = _kernels(optimized)
     other = onnx_session(_graph(pack(plain), task, inputs), threads)
-    feed = {INPUT: inputs.contiguous().numpy()}
+    (taken,) = session.get_inputs()
+    feed = {taken.name: inputs.contiguous().numpy()}
     quantized, floating = timed_in_turns(
         [lambda: session.run(None, feed), lambda: other.run(None, feed)], _nothing, seconds, clock
     )
@@ -222,7 +222,7 @@ def _speed(
 
 def _graph(packed: Packed, task: Task, inputs: Tensor) -> bytes:
     try:
-        made = onnx_graph(packed, task.model(), inputs, is_dynamic=False)
+        made = graph_of(packed, task.model(), inputs, is_dynamic=False)
     except ValueError as error:
         raise InputError(f"--seconds: 0 leaves the latency out: {error}") from error
     content: bytes = made.model.SerializeToString()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, treespec_dumps
 
 from hawq.export import Packed, encode, load, pack
-from hawq.export.onnx_graph import onnx_graph
 from hawq.export.program import torch_program
 from hawq.finetune import calibrate, reestimate
 from hawq.finetune.batch_norm import has_statistics, statistics_batches
@@ -30,7 +29,7 @@ from search.commands.imported import imported
 from search.config import SearchConfig, suggestion
 from search.config_file import load_config
 from search.errors import InputError
-from search.exported import ABOUT, Format, OnnxRun
+from search.exported import ABOUT, Format, OnnxRun, graph_of
 from search.folder import RunFolder, write_atomically
 from search.imports import is_torch_file
 from search.spaces import fixed_bits, reads_of
@@ -266,7 +265,7 @@ def _onnx(packed: Packed, task: Task, inputs: Tensor, batch: int | None) -> tupl
     example = inputs[: batch or 2]
     if batch is not None and len(example) < batch:
         example = inputs[torch.arange(batch) % len(inputs)]
-    made = onnx_graph(packed, task.model(), example, is_dynamic=batch is None)
+    made = graph_of(packed, task.model(), example, is_dynamic=batch is None)
     network = load(packed, task.model())
     with torch.no_grad():
         leaves, spec = tree_flatten(network(example[:1]))
