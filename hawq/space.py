@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -91,7 +92,7 @@ class Group:
         return any(fnmatchcase(name, pattern) for name in names)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Space:
     """An ordered list of groups.
 
@@ -115,7 +116,7 @@ class Space:
     def __len__(self) -> int:
         return len(self.groups)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The groups' names, in order."""
         return tuple(group.name for group in self.groups)
@@ -130,7 +131,7 @@ class Space:
         """Every bit-width that some group may receive, increasing: the columns of all tables."""
         return tuple(sorted({bits for group in self.groups for bits in group.menu}))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of everything above; allocations and tables carry it."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
