@@ -51,6 +51,18 @@ _SHIPPED: dict[str, Any] = {
         (f"pipeline.{2 if part == 'train' else 1}.scale", (96, 64)),
     )
 }
+# mmdetection's smallest one of one stage without a loss module; its training set is repeated.
+SSD = "mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py"
+SSD_OPTIONS: dict[str, Any] = {
+    ("train_dataloader.dataset." if part == "train" else f"{part}_dataloader.")
+    + f"dataset.{key}": value
+    for part in ("train", "val", "test")
+    for key, value in (
+        ("metainfo", {"classes": CLASSES}),
+        ("ann_file", f"annotations/{part}.json"),
+        ("data_prefix.img", "images/"),
+    )
+} | {f"{part}_dataloader.dataset.pipeline.1.scale": (96, 64) for part in ("val", "test")}
 # Of mmdetection's own configs to what makes them small.
 SHIPPED: dict[str, dict[str, Any]] = {
     "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": _SHIPPED

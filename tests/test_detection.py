@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pictures import CLASSES, DETECTOR, SHIPPED, TINY, draw_set
+from pictures import CLASSES, DETECTOR, SHIPPED, SSD, SSD_OPTIONS, TINY, draw_set
 
 pytest.importorskip("mmdet", reason="needs the extra: pip install 'hawq-search[detection]'")
 
@@ -20,6 +20,7 @@ from hawq.space import quantizable_layers
 from hawq.testing import check_task
 from search.artefacts import Summary
 from search.commands.doctor import examine_config
+from search.config import TaskConfig
 from search.config_file import load_config
 from search.errors import InputError
 from search.pictured import pictured, take_pictures
@@ -181,6 +182,26 @@ def written(folder, rectangles, **changes):
     path = folder / "detector.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def ssd(rectangles, config=SSD, **options):
+    described = {"config": config, "root": str(rectangles), "options": SSD_OPTIONS | options}
+    given = json.dumps({"detector": described, "pretrain": {"epochs": 1}})
+    return build_task(TaskConfig.model_validate_json(given), 0)
+
+
+def test_a_head_without_a_loss_module_finds_boxes(rectangles):
+    task = ssd(rectangles, **{"model.bbox_head.num_classes": 3})
+    check_task(task)
+    with pytest.raises(InputError, match=r"num_classes must be 3, as the data has .* got 80"):
+        ssd(rectangles)
+
+
+def test_pictures_too_small_for_the_network_are_refused(rectangles):
+    with pytest.raises(
+        InputError, match=r"shape \(1, 3, 64, 96\): must not fail, got RuntimeError"
+    ):
+        ssd(rectangles, "mmdet::ssd/ssd300_coco.py", **{"model.bbox_head.num_classes": 3})
 
 
 @pytest.mark.ray

@@ -353,6 +353,16 @@ def test_traces_that_are_all_zero_are_warned_of(ray_cluster, config, tmp_path):
     assert told.startswith("all traces of weights are 0")
 
 
+def test_a_network_that_is_never_right_is_warned_of(ray_cluster, config, tmp_path, monkeypatch):
+    save_file(SmallResNet(8, in_channels=1).state_dict(), tmp_path / "untrained.safetensors")
+    changes = [f"task.checkpoint={tmp_path}/untrained.safetensors", "task.pretrain=null"]
+    monkeypatch.setattr("search.stages.model.score_all", lambda *_: [torch.zeros(100)])
+    with trained(config(*changes), tmp_path / "run"):
+        events = read_events(tmp_path / "run" / "events.jsonl")
+    (told,) = [e.message for e in events if e.kind == "warning" and e.stage == "model"]
+    assert "accuracy is 0 on every search example" in told
+
+
 def _hawq(config_path, out, environment):
     command = [sys.executable, "-m", "search.cli", "run", str(config_path), "--out", str(out)]
     return subprocess.Popen(

@@ -61,6 +61,13 @@ def make(search: Search) -> ModelArtefact:
         names = ", ".join(f"{name} ({count:,})" for name, count in kept.items())
         search.events.emit("model", "warning", f"these weights stay in floating point: {names}")
     (scores,) = score_all(search, "model", [(state, None)], "search")
+    if not scores.any():
+        search.events.emit(
+            "model",
+            "warning",
+            f"the unquantized network's {search.task.score_name} is 0 on every search example, so "
+            "no drop can be seen: check its weights, or train it longer",
+        )
     return ModelArtefact.model_validate(
         {
             "weights_sha256": state_sha256(state),
