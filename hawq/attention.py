@@ -8,6 +8,7 @@ same.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -56,13 +57,19 @@ class ProjectedAttention(nn.Module):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,  # noqa: ARG002  a hint about the mask, which comes with it
+        is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; see ``nn.MultiheadAttention.forward``.
 
         Returns:
-            The output, shape of the queries, and the weights, shape (N, L, S), or None.
+            The output, shape of the queries, and the weights, shape (N, L, S), or
+            (N, heads, L, S) where they are not averaged, or None.
+
+        Raises:
+            ValueError: If ``is_causal``, a hint about the mask, comes without one.
         """
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask must be given with is_causal, got none")
         q, k, v = (
             self._heads(self.get_submodule(name)(x))
             for name, x in zip(_PROJECTIONS, (query, key, value), strict=True)
@@ -114,7 +121,8 @@ def project_attention(model: nn.Module) -> nn.Module:
     """Replace every ``nn.MultiheadAttention`` inside a network, in place, and return the network.
 
     Its weights are then found under ``q_proj``, ``k_proj`` and ``v_proj``. Left as they are: a
-    class derived from it, one with a bias or zeros among the keys, one with hooks or made weights.
+    class derived from it, one with a bias or zeros among the keys, one with hooks or made weights,
+    one that shares its joint weight with another module.
     """
     found = joint_attention(model)
     made = {id(attention): ProjectedAttention(attention) for attention in found.values()}
@@ -129,10 +137,14 @@ def project_attention(model: nn.Module) -> nn.Module:
 
 def joint_attention(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     """Find the modules, by name, that ``project_attention`` replaces."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return {
         name: module
         for name, module in model.named_modules()
-        if name and type(module) is nn.MultiheadAttention and _is_plain(module)
+        if name
+        and type(module) is nn.MultiheadAttention
+        and _is_plain(module)
+        and all(owners[id(p)] == 1 for p in module.parameters(recurse=False))
     }
 
 
@@ -168,10 +180,17 @@ def _part(parameters: Mapping[str, Tensor], projection: str, kind: str) -> Tenso
 def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     num_outputs, num_inputs = weight.shape
     layer = nn.Linear(num_inputs, num_outputs, bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    layer.weight = _own(weight)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        layer.bias = _own(bias)
     return layer
+
+
+def _own(part: Tensor) -> nn.Parameter:
+    """Return a parameter as it is, for others may share it, and a part of one as one of its own."""
+    if isinstance(part, nn.Parameter):
+        return part
+    return nn.Parameter(part.detach().clone(), part.requires_grad)
 
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,13 +115,8 @@ def graph_of(packed: Packed, model: nn.Module, example: Tensor, *, is_dynamic: b
         InputError: If onnx is not installed.
         ValueError: If the network is another one, or an operator of it has no place in ONNX.
     """
-    try:
+    with _needing("onnx", "make an ONNX graph"):
         from hawq.export.onnx_graph import onnx_graph  # noqa: PLC0415  an optional part
-    except ImportError as error:
-        raise InputError(
-            "onnx must be installed to make an ONNX graph, got none: pip install "
-            "'hawq-search[export]'"
-        ) from error
     return onnx_graph(packed, model, example, is_dynamic=is_dynamic)
 
 
@@ -135,12 +131,8 @@ def onnx_session(content: bytes, threads: int, optimized: Path | None = None) ->
     Raises:
         InputError: If ONNX Runtime is not installed.
     """
-    try:
+    with _needing("onnxruntime", "run ONNX"):
         import onnxruntime  # noqa: PLC0415  an optional part
-    except ImportError as error:
-        raise InputError(
-            "onnxruntime must be installed to run ONNX, got none: pip install 'hawq-search[export]'"
-        ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -150,6 +142,18 @@ def onnx_session(content: bytes, threads: int, optimized: Path | None = None) ->
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _needing(package: str, what_for: str) -> Iterator[None]:
+    """Refuse what a package of the extra is missing for."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{package} must be installed to {what_for}, got none: "
+            "pip install 'hawq-search[export]'"
+        ) from error
 
 
 class OnnxRun:
@@ -218,13 +222,9 @@ def _torch_about(path: Path, content: bytes) -> Mapping[str, Any]:
 
 
 def _onnx_about(path: Path, content: bytes) -> Mapping[str, Any]:
-    try:
+    with _needing("onnx", "read ONNX"):
         import onnx  # noqa: PLC0415  an optional part
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError(
-            "onnx must be installed to read ONNX, got none: pip install 'hawq-search[export]'"
-        ) from error
     try:
         graph = onnx.load_from_string(content)
     except DecodeError as error:

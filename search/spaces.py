@@ -21,13 +21,17 @@ def reads_of(config: SearchConfig, task: Task, model: nn.Module) -> Reads:
     """Read a network, and leave out what the config keeps in floating point.
 
     Raises:
-        InputError: If the network cannot be read, or a glob matches nothing.
+        InputError: If the network cannot be run or read, or a glob matches nothing.
     """
     example = task.inputs(task.batch("train", torch.arange(1)))
     try:
         reads = read_network(model, example)
     except ValueError as error:
         raise InputError(f"task: {error}") from error
+    except RuntimeError as error:  # torch's own, of shapes that do not fit
+        raise InputError(
+            f"task: the network must take inputs of shape {tuple(example.shape)}, got {error}"
+        ) from error
     for kind, rules in _rules(config):
         try:
             reads = reads.without(rules.keep, kind)

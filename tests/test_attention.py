@@ -185,6 +185,29 @@ def test_a_shared_module_stays_shared_and_a_frozen_one_frozen():
     assert all(p.requires_grad for p in model["trained"].parameters())
 
 
+def test_ties_are_kept():
+    model = nn.ModuleDict({name: nn.MultiheadAttention(4, 2) for name in "abc"})
+    model["a"].in_proj_weight = model["b"].in_proj_weight
+    model["tied"] = nn.Linear(4, 4)
+    model["tied"].weight = model["c"].out_proj.weight
+    project_attention(model)
+    assert model["a"].in_proj_weight is model["b"].in_proj_weight
+    assert isinstance(model["c"], ProjectedAttention)
+    assert model["c"].out_proj.weight is model["tied"].weight
+
+
+def test_a_causal_hint_without_its_mask_is_refused_as_torch_does():
+    plain, x = Around(nn.MultiheadAttention(4, 2)), torch.randn(3, 2, 4)
+    projected = project_attention(copy.deepcopy(plain))
+    causal = nn.Transformer.generate_square_subsequent_mask(3)
+    options = {"is_causal": True, "need_weights": False}
+    for network in (plain, projected):
+        with pytest.raises((ValueError, RuntimeError), match="attn_mask"):
+            network(x, x, x, **options)
+    expected, _ = plain(x, x, x, attn_mask=causal, **options)
+    torch.testing.assert_close(projected(x, x, x, attn_mask=causal, **options)[0], expected)
+
+
 class Own(nn.MultiheadAttention):
     """Somebody's class, which may read the joint weight."""
 

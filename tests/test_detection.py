@@ -197,11 +197,11 @@ def test_a_head_without_a_loss_module_finds_boxes(rectangles):
         ssd(rectangles)
 
 
-def test_pictures_too_small_for_the_network_are_refused(rectangles):
-    with pytest.raises(
-        InputError, match=r"shape \(1, 3, 64, 96\): must not fail, got RuntimeError"
-    ):
-        ssd(rectangles, "mmdet::ssd/ssd300_coco.py", **{"model.bbox_head.num_classes": 3})
+def test_pictures_too_small_for_the_network_are_refused(rectangles, tmp_path):
+    task = ssd(rectangles, "mmdet::ssd/ssd300_coco.py", **{"model.bbox_head.num_classes": 3})
+    config = load_config(written(tmp_path, rectangles))
+    with pytest.raises(InputError, match=r"inputs of shape \(1, 3, 64, 96\), got Calculated"):
+        reads_of(config, task, task.model())
 
 
 @pytest.mark.ray

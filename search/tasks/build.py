@@ -109,7 +109,7 @@ def _plain_task(config: TaskConfig, seed: int) -> Task:
 def _detection_task(config: TaskConfig, detector: DetectorConfig, seed: int) -> Task:
     from search.tasks.detection import DetectionTask  # noqa: PLC0415  of the detection extra
 
-    task = DetectionTask(
+    return DetectionTask(
         config=detector.config,
         root=detector.root,
         options=json.dumps(detector.options, sort_keys=True),
@@ -118,9 +118,6 @@ def _detection_task(config: TaskConfig, detector: DetectorConfig, seed: int) -> 
         from_checkpoint=config.checkpoint is not None,
         beta=detector.smooth_l1_beta,
     )
-    images = task.inputs(task.batch("train", torch.arange(1)))
-    outputs_of(task.model(), images, f"task.detector.config: {detector.config}")
-    return task
 
 
 def _network(config: TaskConfig) -> Network | None:

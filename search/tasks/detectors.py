@@ -125,19 +125,15 @@ def build_detector(config: Any, seed: int) -> nn.Module:
                 f"task.detector.config: model must be one to build ({error})"
             ) from error
         model.init_weights()  # type: ignore[operator]
+    dense_head = import_module("mmdet.models.dense_heads.base_dense_head").BaseDenseHead
     for head in model.modules():
         # mmdetection 3.3 asks every head for its loss before it finds boxes, and SSD's has none
         # (github.com/open-mmlab/mmdetection/issues/11780).
-        if isinstance(head, _dense_head()) and not hasattr(head, "loss_cls"):
+        if isinstance(head, dense_head) and not hasattr(head, "loss_cls"):
             head.register_module("loss_cls", None)
     plain: Any = type(model)
     model.__class__ = _callable(plain)
     return model.eval()
-
-
-def _dense_head() -> type:
-    found: type = import_module("mmdet.models.dense_heads.base_dense_head").BaseDenseHead
-    return found
 
 
 @cache
