@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from search.artefacts import StageCost
-from search.errors import InputError
+from search.errors import InputError, other_form
 
 __all__ = ["RunFolder", "content_hash", "write_atomically"]
 
@@ -108,12 +108,10 @@ class RunFolder:
             result = kind.model_validate(document["result"])
             return result, StageCost.model_validate(document["cost"])
         except ValidationError as error:
-            problem = error.errors()[0]
-            path = ".".join(map(str, problem["loc"]))
             raise InputError(
-                f"{self.artefact(stage)} must be an artefact of this version, "
-                f"got another form of {path or stage!r} ({problem['msg']}): delete it to run the "
-                "stage again, or give another --out"
+                f"{self.artefact(stage)} must be an artefact of this version, got "
+                f"{other_form(error, repr(stage))}: delete it to run the stage again, or give "
+                "another --out"
             ) from error
 
     def changes(self, stage: str, config: Mapping[str, Any]) -> list[str]:

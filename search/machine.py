@@ -3,11 +3,12 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-__all__ = ["machine", "versions"]
+__all__ = ["machine", "machine_line", "versions"]
 
 _PACKAGES = (
     "hawq-search", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "scipy",
@@ -27,6 +28,12 @@ def machine() -> dict[str, str]:
             torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
         )
     return facts
+
+
+def machine_line(facts: Mapping[str, str]) -> str:
+    """Write what :func:`machine` says in a few words: what decides how long something takes."""
+    parts = [facts["processor"], f"{facts['cpus']} CPUs", *filter(None, [facts.get("gpus")])]
+    return ", ".join(parts)
 
 
 def versions() -> dict[str, str]:

@@ -43,6 +43,7 @@ class SearchRecord(_Record):
     num_starts: int = Field(0, description="The first of them that the Hessian's front gave.")
     episodes: int = Field(description="Proposals, repeated ones included.")
     cpu_seconds: float = Field(description="Of the search and its scores.")
+    machine: str = Field("", description="On which it ended; empty: not kept.")
     failures: list[str] = Field([], description="Scores that failed once, with their reasons.")
     reason: str = Field("", description="Why it ended before its evaluations were spent.")
     bits: dict[str, int | list[int]] = Field(

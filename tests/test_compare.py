@@ -17,6 +17,7 @@ from search.comparison.making import compared
 from search.config_file import load_config
 from search.errors import InputError
 from search.events import read_events
+from search.machine import machine, machine_line
 from search.results.setting import placeless
 
 pytestmark = pytest.mark.ray
@@ -52,6 +53,7 @@ def test_every_method_searches_as_often_and_spends_as_much(finished):
         for seed in (0, 1)
     }
     assert all(len(search.evaluations) == 5 for search in found.searches)
+    assert {search.machine for search in found.searches} == {machine_line(machine())}
     assert all(
         e.seconds > 0 and 0 <= e.score <= 1 for search in found.searches for e in search.evaluations
     )
@@ -154,7 +156,9 @@ def test_kept_comparisons_are_read_and_name_no_place_of_a_machine():
 def test_a_file_that_is_no_comparison_is_refused(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"searches": 3}))
-    with pytest.raises(InputError, match=r"x.json: must be a comparison that hawq compare wrote"):
+    with pytest.raises(
+        InputError, match=r"x\.json: must be .* compare wrote, got another form of name \("
+    ):
         read_comparison(path)
     assert not is_comparison(tmp_path / "missing.json")
 

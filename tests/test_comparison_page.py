@@ -14,6 +14,7 @@ from search.comparison.document import ComparisonDocument
 from search.comparison.progress import best_so_far
 from search.comparison.scale import Scale
 from search.comparison.standings import standings
+from search.comparison.text import comparison_text
 from search.comparison.verdict import verdict
 from search.report.comparison_curves import by_cost, by_evaluations, cost_curve, evaluation_curve
 from search.report.comparison_finals import finalists
@@ -131,6 +132,21 @@ def test_searches_that_ended_early_or_failed_are_counted_with_their_reasons():
         "2 searches of 24 ended before 20 evaluations: cw-hawq, 2 (nothing new came).",
         "1 score failed once and had to be computed again.",
     ]
+
+
+def test_searches_of_two_machines_are_told_with_what_depends_on_it():
+    document = make_comparison(methods=("cw-hawq",), length=20)
+    searches = [
+        search.model_copy(update={"machine": "fast, 2 CPUs" if search.seed else "slow, 1 CPUs"})
+        for search in document.searches
+    ]
+    document = document.model_copy(update={"searches": searches})
+    expected = (
+        "Searches ran on different machines (fast, 2 CPUs: 11; slow, 1 CPUs: 1), which their "
+        "core-seconds depend on."
+    )
+    assert comparison_caveats(document, standings(document)) == [expected]
+    assert expected in comparison_text(document)
 
 
 def test_finalists_of_one_training_have_no_error_of_seeds():

@@ -258,7 +258,7 @@ def test_a_search_whose_papers_cannot_be_read_holds_up_no_other_and_says_so(stor
     for _ in range(3):
         looking.turn()
     assert (store.get(first.id).state, store.get(second.id).state) == ("queued", "running")
-    assert "heartbeat.json must be written by this version" in store.get(first.id).reason
+    assert "heartbeat.json must be what this version writes" in store.get(first.id).reason
     assert caplog.text.count("it cannot be looked after") == 1
     assert view(store, store.get(first.id).model_copy(update={"attempt": 1})).latest is None
     papers.unlink()

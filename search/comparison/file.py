@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from search.comparison.document import ComparisonDocument
-from search.errors import InputError
+from search.errors import InputError, other_form
 from search.folder import write_atomically
 
 __all__ = ["is_comparison", "read_comparison", "write_comparison"]
@@ -30,9 +30,9 @@ def read_comparison(path: Path) -> ComparisonDocument:
     try:
         return ComparisonDocument.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        told = str(error).splitlines()
+        told = other_form(error) if isinstance(error, ValidationError) else error.strerror
         raise InputError(
-            f"{path}: must be a comparison that hawq compare wrote, got {' '.join(told[:2])}"
+            f"{path}: must be a comparison that hawq compare wrote, got {told}"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """The table of a comparison: what each method spent, and what it found."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from search.comparison.document import ComparisonDocument
@@ -8,7 +9,7 @@ from search.comparison.scale import Scale
 from search.comparison.standings import Standing, standings
 from search.report.quantities import percent, plus_minus, significant
 
-__all__ = ["Row", "rows"]
+__all__ = ["Row", "machines_said", "rows"]
 
 _NOTHING = "—"
 
@@ -43,6 +44,15 @@ class Row:
 def rows(document: ComparisonDocument) -> list[Row]:
     """Lay out a comparison by budget: choices first, then searches."""
     return [_row(found, Scale(document.fidelity)) for found in standings(document)]
+
+
+def machines_said(document: ComparisonDocument) -> str:
+    """Say on which machines searches ran, where that is not one; empty where it is."""
+    nums = Counter(search.machine or "not known" for search in document.searches)
+    if len(nums) < 2:
+        return ""
+    ran = "; ".join(f"{name}: {num}" for name, num in nums.most_common())
+    return f"Searches ran on different machines ({ran}), which their core-seconds depend on."
 
 
 def _row(found: Standing, scale: Scale) -> Row:

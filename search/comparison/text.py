@@ -2,7 +2,7 @@
 
 from search.comparison.document import ComparisonDocument
 from search.comparison.scale import Scale
-from search.comparison.table import rows
+from search.comparison.table import machines_said, rows
 from search.comparison.verdict import verdict
 
 __all__ = ["comparison_text"]
@@ -33,4 +33,5 @@ def comparison_text(document: ComparisonDocument) -> str:
         "curvature included where it is needed. What is fine-tuned is on the test split, ± one "
         "standard error over images and training seeds."
     )
+    notes = f"{notes} {machines_said(document)}".rstrip()
     return f"{table}\n\n{notes}\n\n{told}\n"

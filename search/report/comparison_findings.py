@@ -11,6 +11,7 @@ from search.comparison.phrases import few
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing
 from search.comparison.statistics import MIN_SEEDS
+from search.comparison.table import machines_said
 from search.report.comparison_curves import Curve, cost_curve, evaluation_curve
 from search.report.comparison_fronts import Share
 from search.report.quantities import counted, listed, percent, plus_minus, significant
@@ -71,6 +72,7 @@ def comparison_caveats(document: ComparisonDocument, found: Sequence[Standing]) 
     failures = sum(len(search.failures) for search in document.searches)
     if failures:
         told.append(f"{counted(failures, 'score')} failed once and had to be computed again.")
+    told += filter(None, [machines_said(document)])
     seeds = [len(s.searches) for s in found if s.searches]
     if seeds and min(seeds) < MIN_SEEDS:
         told.append(

@@ -6,7 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from search.artefacts import Summary
-from search.errors import InputError
+from search.errors import InputError, other_form
 from search.folder import write_atomically
 from search.pictured import PICTURES_FILE, PicturesDocument
 from search.report.page import render
@@ -59,8 +59,7 @@ def _read(path: Path, document: type[_Document], command: str) -> _Document | No
     try:
         return document.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(
-            f"{path} must be what {command} of this version writes, got another form of "
-            f"{where or 'it'}: delete it, or run that again"
+            f"{path} must be what {command} of this version writes, got {other_form(error)}: "
+            "delete it, or run that again"
         ) from error

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from search.errors import InputError
+from search.errors import InputError, other_form
 from search.folder import content_hash, write_atomically
 from search.replicates import Replicates
 from search.results.setting import shared
@@ -184,11 +184,9 @@ def read_results(path: Path) -> Results:
             "hawq run CONFIG --results FILE"
         ) from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "it"
         raise InputError(
-            f"{path}: must be what hawq run --results of this version writes, got another form of "
-            f"{where} ({problem['msg']})"
+            f"{path}: must be what hawq run --results of this version writes, got "
+            f"{other_form(error)}"
         ) from error
     for i, row in enumerate(found.rows):
         _refuse_odd(f"{path}: rows.{i}", row, found)

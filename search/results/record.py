@@ -10,6 +10,7 @@ from hawq.allocation import by_owner
 from search.artefacts import Candidate, Draw, Summary
 from search.checkout import commits
 from search.folder import content_hash
+from search.machine import machine_line
 from search.results.file import Choice, Results, Row, Setting, Training, add, packed
 from search.results.setting import shared
 from search.searchers import SEARCHERS
@@ -90,8 +91,7 @@ def _row(
     facts = {
         "command": command,
         "commit": ", then ".join(commits(run)) or None,
-        "machine": f"{summary.machine['processor']}, {summary.machine['cpus']} CPUs"
-        + (f", {summary.machine['gpus']}" if "gpus" in summary.machine else ""),
+        "machine": machine_line(summary.machine),
         "torch": summary.versions["torch"],
         "date": summary.finished,
     }

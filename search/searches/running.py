@@ -17,6 +17,7 @@ import torch
 from hawq.allocation import Allocation, by_owner
 from search.evaluate import Evaluation
 from search.folder import write_atomically
+from search.machine import machine, machine_line
 from search.searched import ScoredAllocation, SearchRecord
 from search.searchers import SEARCHERS, Effort, Problem
 from search.searchers.climbing import ClimbingSearcher
@@ -168,6 +169,7 @@ def _record(
         num_starts=_num_starts(spec, problem, log),
         episodes=log.episodes,
         cpu_seconds=log.found[-1].seconds,
+        machine=machine_line(machine()),
         failures=failures,
         reason="it proposed nothing new any more" if short else "",
         bits={

@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search.config import SearchConfig
+from search.errors import other_form
 from search.events import Event
 from search.folder import write_atomically
 
@@ -207,5 +208,5 @@ class SearchFolder:
         except ValidationError as error:
             # Only atomic writes go there: another version wrote it, or somebody's editor.
             raise ValueError(
-                f"{self.path / name} must be written by this version, got {error.errors()[0]}"
+                f"{self.path / name} must be what this version writes, got {other_form(error)}"
             ) from error
