@@ -4,19 +4,15 @@ The Hessian orders the channels; only the ratios of the bit-widths are searched.
 can lead to is a staircase along that order, and an episode has a step a width, not one a channel.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
-import gymnasium
 import numpy as np
-from gymnasium.error import ResetNeeded
-from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from envs.action import fraction
-from envs.picture import listing, picture
+from envs.allocation_env import AllocationEnv, Evaluate
 from envs.ranked import Part, Ranked, Rows, Unit
 from envs.walk import Scope, walks_of
 from hawq.allocation import Allocation
@@ -24,10 +20,8 @@ from hawq.space import Space
 
 __all__ = ["ChannelRatios"]
 
-Vector = NDArray[np.float32]
 
-
-class ChannelRatios(gymnasium.Env[Vector, Vector]):
+class ChannelRatios(AllocationEnv["_Episode"]):
     """Choose how many channels receive each bit-width, within a budget for each part.
 
     The weights are walked first, then the activations. Their widths come from the widest to the
@@ -79,24 +73,17 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
             a table or an order is wrong.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}  # noqa: RUF012 (as Gymnasium has it)
-
     def __init__(
         self,
         *,
         space: Space,
         parts: Sequence[Ranked],
-        evaluate: Callable[[Allocation], tuple[float, Mapping[str, Any]]],
+        evaluate: Evaluate,
         unit: Unit = "channels",
         scope: Scope = "network",
         render_mode: str | None = None,
     ) -> None:
         _check(space, parts, unit, scope)
-        self.render_mode = render_mode
-        self.action_space = Box(0, 1, (1,), np.float32)
-        self.observation_space = Box(0, 1, (10,), np.float32)
-        self._space = space
-        self._evaluate = evaluate
         laid = [Rows.of(part, unit) for part in parts]
         self._parts = [Part.of(part, rows) for part, rows in zip(parts, laid, strict=True)]
         self._walks = [
@@ -107,38 +94,20 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
         self._schedule = [
             (i, step) for i, walk in enumerate(self._walks) for step in range(len(walk.widths) - 1)
         ]
-        if not self._schedule:
-            raise ValueError("menu must hold two widths at least in some group, got one in each")
         self._narrowest = np.empty(len(space), np.int64)
         for rows in laid:
             for groups, bits in zip(rows.members, rows.bits[:, 0], strict=True):
                 self._narrowest[groups] = bits
-        self._widest = max(int(walk.widths[0]) for walk in self._walks)
-        # ``Allocation.of`` would make them anew: half a second for 26,000 channels.
-        self._names, self._fingerprint = space.names, space.fingerprint
-        self._episode = self._start()
+        self._widest = max((int(walk.widths[0]) for walk in self._walks), default=0)
+        super().__init__(
+            space,
+            evaluate,
+            num_steps=len(self._schedule),
+            num_observed=10,
+            render_mode=render_mode,
+        )
 
-    @property
-    def num_steps(self) -> int:
-        """Actions in an episode."""
-        return len(self._schedule)
-
-    def allocation_of(self, actions: Sequence[float]) -> Allocation:
-        """Return what a whole episode's actions lead to, without evaluating it.
-
-        Args:
-            actions: ``num_steps`` numbers; those outside 0..1 count as its nearer end.
-
-        Raises:
-            ValueError: If there are more or fewer, or one is no number.
-        """
-        if len(actions) != self.num_steps:
-            raise ValueError(f"actions must be {self.num_steps}, got {len(actions)}")
-        episode = self._start()
-        for action in actions:
-            self._take(episode, fraction(action))
-        return self._allocation(episode)
-
+    @override
     def actions_of(self, allocation: Allocation) -> list[float]:
         """Return actions that lead to an allocation, or near it.
 
@@ -152,9 +121,9 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
         Raises:
             ValueError: If the allocation belongs to another space.
         """
-        if allocation.space != self._fingerprint:
+        if allocation.space != self._space.fingerprint:
             raise ValueError(
-                f"the allocation must belong to space {self._fingerprint}, got one of "
+                f"the allocation must belong to space {self._space.fingerprint}, got one of "
                 f"{allocation.space}"
             )
         bits = np.array(allocation.bits, np.int64)
@@ -168,35 +137,6 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
         return actions
 
     @override
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Vector, dict[str, Any]]:
-        super().reset(seed=seed)
-        self._episode = self._start()
-        return self._observe(), {}
-
-    @override
-    def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
-        if self._episode.step == self.num_steps:
-            raise ResetNeeded("reset must be called before the first step of another episode")
-        self._take(self._episode, fraction(action[0]))
-        if self._episode.step < self.num_steps:
-            return self._observe(), 0.0, False, False, {}
-        allocation = self._allocation(self._episode)
-        reward, told = self._evaluate(allocation)
-        info = {**told, "allocation": allocation}
-        return self._observe(), float(reward), True, False, info
-
-    @override
-    def render(self) -> NDArray[np.uint8] | str | None:  # type: ignore[override]
-        if self.render_mode is None:
-            return None
-        bits, assigned = self._bits(self._episode)
-        pairs = zip(bits.tolist(), assigned.tolist(), strict=True)
-        shown = [b if known else None for b, known in pairs]
-        draw = picture if self.render_mode == "rgb_array" else listing
-        return draw(self._space, shown)
-
     def _start(self) -> "_Episode":
         return _Episode(
             least=[part.least for part in self._parts],
@@ -211,6 +151,7 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
         room = self._parts[walk.part].limit - episode.least[walk.part]
         return begin, walk.reach(step, begin, room)
 
+    @override
     def _take(self, episode: "_Episode", fraction: float) -> None:
         i, step = self._schedule[episode.step]
         walk = self._walks[i]
@@ -225,8 +166,8 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
         episode.cuts[i].append(cut)
         episode.step, episode.action = episode.step + 1, fraction
 
+    @override
     def _bits(self, episode: "_Episode") -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return every group's bits, which mean something where they are assigned, and where."""
         bits, assigned = self._narrowest.copy(), np.ones(len(self._space), np.bool_)
         for walk, cuts in zip(self._walks, episode.cuts, strict=True):
             steps, known = walk.steps_of(cuts)
@@ -234,12 +175,8 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
             assigned[walk.groups] = known[walk.rows]
         return bits, assigned
 
-    def _allocation(self, episode: "_Episode") -> Allocation:
-        bits, _ = self._bits(episode)
-        return Allocation(self._names, tuple(bits.tolist()), self._fingerprint)
-
-    def _observe(self) -> Vector:
-        episode = self._episode
+    @override
+    def _observe(self, episode: "_Episode") -> NDArray[np.float64]:
         seen = np.zeros(10)
         seen[0] = episode.step / self.num_steps
         for part, assigned in zip(self._parts, episode.assigned, strict=True):
@@ -256,8 +193,7 @@ class ChannelRatios(gymnasium.Env[Vector, Vector]):
             seen[3] = 1 - walk.amount[begin] / walk.amount[-1]
             seen[6] = episode.least[walk.part] / max(part.limit, 1)
             seen[8] = walk.steepness[begin] if begin < len(walk.steepness) else 0
-        # Ω of noisy traces may rise with the width, or be negative.
-        return seen.clip(0, 1).astype(np.float32)
+        return seen
 
 
 @dataclass(slots=True)

@@ -4,20 +4,15 @@ HAQ narrows what an agent chose until it is within the budget. Here an agent cho
 what still is: all that comes later can then have its narrowest.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium.error import ResetNeeded
-from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from envs.action import fraction
-from envs.picture import listing, picture
+from envs.allocation_env import AllocationEnv, Evaluate
 from hawq.allocate import Budget, InfeasibleBudgetsError, Verdict
 from hawq.allocation import Allocation
 from hawq.cost import Cost
@@ -26,10 +21,8 @@ from hawq.space import Space
 
 __all__ = ["LayerBits", "layer_features"]
 
-Vector = NDArray[np.float32]
 
-
-class LayerBits(gymnasium.Env[Vector, Vector]):
+class LayerBits(AllocationEnv["_Episode"]):
     """Choose the bits of each layer and each activation tensor in turn, within all budgets.
 
     A row of the space, tied groups together, is a step, in the space's order: the weights, then the
@@ -65,30 +58,21 @@ class LayerBits(gymnasium.Env[Vector, Vector]):
         ValueError: If nothing can be chosen, or a shape or a value is wrong.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}  # noqa: RUF012 (as Gymnasium has it)
-
     def __init__(
         self,
         *,
         space: Space,
         features: NDArray[np.float32],
         budgets: Sequence[Budget],
-        evaluate: Callable[[Allocation], tuple[float, Mapping[str, Any]]],
+        evaluate: Evaluate,
         render_mode: str | None = None,
     ) -> None:
         _check(space, features, budgets)
-        self.render_mode = render_mode
-        self.action_space = Box(0, 1, (1,), np.float32)
-        self.observation_space = Box(0, 1, (features.shape[1] + 2,), np.float32)
-        self._space = space
-        self._evaluate = evaluate
         self._meters = [_Meter.of(budget) for budget in budgets]
         self._widths = np.array(space.widths)
         members = space.rows()
         menus = [np.searchsorted(space.widths, space.menu_of(row)) for row in members]
         walked = [i for i, menu in enumerate(menus) if len(menu) > 1]
-        if not walked:
-            raise ValueError("menu must hold two widths at least in some group, got one in each")
         self._rows = [_Row(np.array(members[i]), menus[i].tolist()) for i in walked]
         self._features = np.vstack([features[walked], np.zeros_like(features[:1])])
         self._narrowest = np.empty(len(space), np.int64)
@@ -96,29 +80,15 @@ class LayerBits(gymnasium.Env[Vector, Vector]):
             self._narrowest[list(row)] = menu[0]
         self._least = self._costs(self._narrowest)
         _refuse_infeasible(budgets, self._least)
-        self._choice, self._step, self._action = self._narrowest.copy(), 0, 0.0
+        super().__init__(
+            space,
+            evaluate,
+            num_steps=len(walked),
+            num_observed=features.shape[1] + 2,
+            render_mode=render_mode,
+        )
 
-    @property
-    def num_steps(self) -> int:
-        """Actions in an episode."""
-        return len(self._rows)
-
-    def allocation_of(self, actions: Sequence[float]) -> Allocation:
-        """Return what a whole episode's actions lead to, without evaluating it.
-
-        Args:
-            actions: ``num_steps`` numbers; those outside 0..1 count as its nearer end.
-
-        Raises:
-            ValueError: If there are more or fewer, or one is no number.
-        """
-        if len(actions) != self.num_steps:
-            raise ValueError(f"actions must be {self.num_steps}, got {len(actions)}")
-        choice = self._narrowest.copy()
-        for row, action in zip(self._rows, actions, strict=True):
-            choice[row.groups] = self._picked(choice, row, fraction(action))
-        return self._allocation(choice)
-
+    @override
     def actions_of(self, allocation: Allocation) -> list[float]:
         """Return actions that lead to an allocation.
 
@@ -142,38 +112,32 @@ class LayerBits(gymnasium.Env[Vector, Vector]):
         return actions
 
     @override
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Vector, dict[str, Any]]:
-        super().reset(seed=seed)
-        self._choice, self._step, self._action = self._narrowest.copy(), 0, 0.0
-        return self._observe(), {}
+    def _start(self) -> "_Episode":
+        return _Episode(self._narrowest.copy())
 
     @override
-    def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
-        if self._step == self.num_steps:
-            raise ResetNeeded("reset must be called before the first step of another episode")
-        self._action = fraction(action[0])
-        row = self._rows[self._step]
-        self._choice[row.groups] = self._picked(self._choice, row, self._action)
-        self._step += 1
-        if self._step < self.num_steps:
-            return self._observe(), 0.0, False, False, {}
-        allocation = self._allocation(self._choice)
-        reward, told = self._evaluate(allocation)
-        info = {**told, "allocation": allocation}
-        return self._observe(), float(reward), True, False, info
+    def _take(self, episode: "_Episode", fraction: float) -> None:
+        row = self._rows[episode.step]
+        columns = self._affordable(episode.choice, row)
+        episode.choice[row.groups] = columns[min(int(fraction * len(columns)), len(columns) - 1)]
+        episode.step, episode.action = episode.step + 1, fraction
 
     @override
-    def render(self) -> NDArray[np.uint8] | str | None:  # type: ignore[override]
-        if self.render_mode is None:
-            return None
-        shown: list[int | None] = list(self._widths[self._choice].tolist())
-        for row in self._rows[self._step :]:
-            for group in row.groups:
-                shown[group] = None
-        draw = picture if self.render_mode == "rgb_array" else listing
-        return draw(self._space, shown)
+    def _bits(self, episode: "_Episode") -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        assigned = np.ones(len(self._space), np.bool_)
+        for row in self._rows[episode.step :]:
+            assigned[row.groups] = False
+        return self._widths[episode.choice], assigned
+
+    @override
+    def _observe(self, episode: "_Episode") -> NDArray[np.float64]:
+        spent = self._costs(episode.choice)
+        left = [
+            (meter.limit - now) / (meter.limit - least) if meter.limit > least else 0.0
+            for meter, now, least in zip(self._meters, spent, self._least, strict=True)
+        ]
+        dynamic = np.array([episode.action, min(left, default=1.0)])
+        return np.concatenate([self._features[episode.step], dynamic])
 
     def _costs(self, choice: NDArray[np.int64]) -> list[int]:
         return [meter.cost(choice) for meter in self._meters]
@@ -187,23 +151,6 @@ class LayerBits(gymnasium.Env[Vector, Vector]):
                 found.append(column)
         assert found, "its narrowest is part of what fitted before"
         return found
-
-    def _picked(self, choice: NDArray[np.int64], row: "_Row", fraction: float) -> int:
-        columns = self._affordable(choice, row)
-        return columns[min(int(fraction * len(columns)), len(columns) - 1)]
-
-    def _allocation(self, choice: NDArray[np.int64]) -> Allocation:
-        return Allocation.of(self._space, self._widths[choice].tolist())
-
-    def _observe(self) -> Vector:
-        spent = self._costs(self._choice)
-        left = [
-            (meter.limit - now) / (meter.limit - least) if meter.limit > least else 0.0
-            for meter, now, least in zip(self._meters, spent, self._least, strict=True)
-        ]
-        dynamic = np.array([self._action, min(left, default=1.0)])
-        seen = np.concatenate([self._features[self._step], dynamic])
-        return seen.clip(0, 1).astype(np.float32)
 
 
 def layer_features(space: Space, reads: Reads) -> NDArray[np.float32]:
@@ -280,6 +227,21 @@ def _described(reads: Reads) -> dict[str, tuple[float, ...]]:
                 seen.add(name)
                 found[name] = entries
     return found
+
+
+@dataclass(slots=True, eq=False)
+class _Episode:
+    """Where an episode stands.
+
+    Attributes:
+        choice: Column of every group's width, the narrowest for what is to come.
+        step: Actions so far.
+        action: The last one.
+    """
+
+    choice: NDArray[np.int64]
+    step: int = 0
+    action: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
