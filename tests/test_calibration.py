@@ -25,9 +25,9 @@ from search.calibration.interactions import interactions
 from search.calibration.single_choices import spread
 from search.config_file import load_config
 from search.pipeline import run, trained
+from search.quantities import with_error
 from search.report.calibration_figure import increases, matrix
 from search.report.calibration_findings import trust
-from search.report.quantities import with_error
 from search.stages import calibration
 from search.trials import TrialSpec, quantized_model
 

@@ -23,7 +23,7 @@ from search.artefacts import (
 from search.commands.front import front_page
 from search.errors import InputError
 from search.folder import RunFolder, content_hash
-from search.report.quantities import significant
+from search.quantities import significant
 from search.stages.candidates import MAX_HULL_POINTS, fronts
 from search.tables import Tables
 

@@ -34,6 +34,7 @@ from search.artefacts import (
     TestArtefact as Scored,
 )
 from search.errors import InputError
+from search.quantities import duration, moment, percent, plus_minus, points, significant
 from search.report import render, render_eigenvalues, rewrite_report, write_report
 from search.report.bits_map import bits_map
 from search.report.caveats import caveats
@@ -45,7 +46,6 @@ from search.report.figures import (
 )
 from search.report.findings import searched, verdicts
 from search.report.palette import looks
-from search.report.quantities import duration, moment, percent, plus_minus, points, significant
 from search.report.trace_figure import traces
 
 SECTION = "Top eigenvalues and the loss around them"

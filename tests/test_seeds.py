@@ -13,12 +13,12 @@ from search.config_file import load_config
 from search.errors import InputError
 from search.folder import RunFolder
 from search.pipeline import run
+from search.quantities import percent
 from search.replicates import Replicates
 from search.report import render
 from search.report.caveats import caveats
 from search.report.figures import training_curves
 from search.report.findings import searched, verdicts
-from search.report.quantities import percent
 from search.terminal import result_table
 
 

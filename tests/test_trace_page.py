@@ -13,11 +13,11 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from search.artefacts import BlockEigenvalue
+from search.quantities import significant
 from search.report import render_eigenvalues, render_traces
 from search.report.channel_figure import MAX_POINTS, channels, num_drawn
 from search.report.eigenvalue_figure import eigenvalues, order
 from search.report.estimators import ESTIMATORS
-from search.report.quantities import significant
 from search.report.share_figure import shares
 from search.report.sites import sites_of
 from search.report.trace_caveats import eigenvalue_caveats, trace_caveats

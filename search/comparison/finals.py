@@ -8,7 +8,7 @@ from search.comparison.phrases import sides, spread
 from search.comparison.scale import accuracy_points
 from search.comparison.standings import Standing, hessian_beside
 from search.comparison.statistics import Interval
-from search.report.quantities import counted, listed
+from search.quantities import counted, listed
 
 __all__ = ["accuracy", "finalist_leads", "worth", "written"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from search.comparison.statistics import Interval
-from search.report.quantities import listed, significant
+from search.quantities import listed, significant
 
 __all__ = ["few", "sides", "spread"]
 

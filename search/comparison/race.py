@@ -15,7 +15,7 @@ from search.comparison.progress import evaluations_to_reach
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing, hessian_beside
 from search.comparison.statistics import MIN_SEEDS, Interval, median_lead, search_differences
-from search.report.quantities import listed
+from search.quantities import listed
 
 __all__ = ["beside_the_hessian", "between_searches", "warm_starts"]
 

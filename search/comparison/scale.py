@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from search.evaluate import Fidelity
-from search.report.quantities import percent, points, significant
+from search.quantities import percent, points, significant
 
 __all__ = ["Scale", "accuracy_points"]
 

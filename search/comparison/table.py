@@ -7,7 +7,7 @@ from search.comparison.document import ComparisonDocument
 from search.comparison.phrases import few
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing, standings
-from search.report.quantities import percent, plus_minus, significant
+from search.quantities import percent, plus_minus, significant
 
 __all__ = ["Row", "machines_said", "rows"]
 

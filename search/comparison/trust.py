@@ -4,7 +4,7 @@ import numpy as np
 
 from search.comparison.document import ComparisonDocument
 from search.comparison.statistics import Interval, rank_agreement
-from search.report.quantities import counted
+from search.quantities import counted
 
 __all__ = ["agreement_of", "is_trusted", "trust"]
 

@@ -16,10 +16,10 @@ from search.artefacts import (
     Summary,
 )
 from search.calibration.agreement import is_clear
+from search.quantities import significant, with_error
 from search.report.canvas import FAINT, canvas
 from search.report.named_axis import show_names
 from search.report.palette import Look, looks
-from search.report.quantities import significant, with_error
 from search.report.results import methods
 
 __all__ = ["increases", "is_drawn", "matrix"]

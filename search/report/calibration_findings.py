@@ -12,8 +12,8 @@ from search.artefacts import (
     CandidateIncrease,
     Summary,
 )
+from search.quantities import count, counted, significant, with_error
 from search.report.calibration_figure import increases, is_drawn, matrix
-from search.report.quantities import count, counted, significant, with_error
 
 __all__ = ["Increase", "Trust", "trust"]
 

@@ -1,7 +1,7 @@
 """What a reader must know before believing the numbers."""
 
 from search.artefacts import Summary, TraceArtefact
-from search.report.quantities import count, counted, listed, significant
+from search.quantities import count, counted, listed, significant
 from search.report.results import Result, results_by_budget
 from search.report.trace_caveats import iteration_caveats
 from search.traced import EigenvalueDocument

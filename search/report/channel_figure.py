@@ -11,8 +11,8 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from search.quantities import significant
 from search.report.canvas import WARNING, canvas, make_logarithmic
-from search.report.quantities import significant
 from search.report.sites import Sites
 from search.traced import TraceGroup
 

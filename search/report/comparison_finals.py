@@ -8,9 +8,9 @@ import plotly.graph_objects as go
 from search.comparison.document import AgreementPoint
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing
+from search.quantities import percent, plus_minus
 from search.report.canvas import canvas
 from search.report.palette import Look, looks
-from search.report.quantities import percent, plus_minus
 
 __all__ = ["agreement", "finalists"]
 

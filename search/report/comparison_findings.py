@@ -12,9 +12,9 @@ from search.comparison.scale import Scale
 from search.comparison.standings import Standing
 from search.comparison.statistics import MIN_SEEDS
 from search.comparison.table import machines_said
+from search.quantities import counted, listed, percent, plus_minus, significant
 from search.report.comparison_curves import Curve, cost_curve, evaluation_curve
 from search.report.comparison_fronts import Share
-from search.report.quantities import counted, listed, percent, plus_minus, significant
 
 __all__ = [
     "compared",

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from search.comparison.hypervolume import covered_share
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing
+from search.quantities import mib
 from search.report.canvas import canvas
 from search.report.palette import Look
-from search.report.quantities import mib
 
 __all__ = ["Share", "covered", "size_and_score"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hawq.cost import FLOAT_BITS
 from search.artefacts import Candidate, Summary
-from search.report.quantities import mib, significant
+from search.quantities import mib, significant
 
 __all__ = ["CostColumn", "cost_columns"]
 

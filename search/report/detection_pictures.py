@@ -11,8 +11,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from search.quantities import listed
 from search.report.palette import Look, looks
-from search.report.quantities import listed
 from search.report.template import fill
 
 __all__ = ["DetectionPicture", "Panel", "detection_pictures"]

@@ -6,10 +6,10 @@ from html import escape
 import plotly.graph_objects as go
 
 from search.artefacts import BlockEigenvalue
+from search.quantities import significant
 from search.report.canvas import WARNING, canvas
 from search.report.marks_figure import Marks, marks_figure
 from search.report.named_axis import error_bars, show_names
-from search.report.quantities import significant
 
 __all__ = ["by_sensitivity", "eigenvalues", "order"]
 

@@ -20,9 +20,9 @@ from search.artefacts import (
     SeededTrial,
     Summary,
 )
+from search.quantities import counted, mib, percent, plus_minus, points
 from search.report.canvas import FAINT, LABEL, canvas, make_logarithmic
 from search.report.palette import Look, looks
-from search.report.quantities import counted, mib, percent, plus_minus, points
 from search.report.results import (
     BudgetResults,
     Result,

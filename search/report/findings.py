@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hawq.space import PREFIX, Kind
 from search.artefacts import Score, Summary, TestArtefact
-from search.report.quantities import (
+from search.quantities import (
     count,
     counted,
     listed,

@@ -8,9 +8,9 @@ from typing import get_args
 
 from hawq.space import Kind, Space
 from search.artefacts import CandidatesArtefact, FrontPoints
+from search.quantities import counted, listed, mib, significant
 from search.report.figures import MAX_FRONT_POINTS, fronts, num_hidden
 from search.report.palette import looks
-from search.report.quantities import counted, listed, mib, significant
 from search.report.results import methods
 from search.report.template import fill
 

@@ -4,9 +4,9 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from search.quantities import significant
 from search.report.canvas import WARNING, canvas
 from search.report.named_axis import show_names
-from search.report.quantities import significant
 from search.report.sites import Sites
 
 __all__ = ["shares"]

@@ -6,8 +6,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from search.artefacts import StudyArtefact, StudyTrial, Summary
+from search.quantities import mib
 from search.report.canvas import WARNING, canvas
-from search.report.quantities import mib
 
 __all__ = ["study_figures"]
 

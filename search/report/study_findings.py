@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from search.artefacts import StudyArtefact, StudyTrial, Summary
-from search.report.quantities import counted, mib, percent
+from search.quantities import counted, mib, percent
 
 __all__ = ["StudyRow", "recipe_chosen", "study_rows"]
 

@@ -10,8 +10,8 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from search.quantities import significant
 from search.report.canvas import canvas
-from search.report.quantities import significant
 
 __all__ = ["Surface", "surfaces"]
 

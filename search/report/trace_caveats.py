@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import TypeVar
 
 from search.artefacts import BlockEigenvalue
+from search.quantities import count, counted
 from search.report.eigenvalue_figure import by_sensitivity
-from search.report.quantities import count, counted
 from search.report.sites import Sites
 from search.traced import EigenvalueDocument, TraceDocument, TraceGroup
 

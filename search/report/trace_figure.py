@@ -6,8 +6,8 @@ from typing import Protocol
 
 import plotly.graph_objects as go
 
+from search.quantities import significant
 from search.report.marks_figure import Marks, marks_figure
-from search.report.quantities import significant
 
 __all__ = ["Curvature", "traces"]
 

@@ -1,7 +1,7 @@
 """What the pages of ``hawq trace`` say in words: what was done, on what, and what it cost."""
 
+from search.quantities import count, counted, duration, moment
 from search.report.estimators import ESTIMATORS
-from search.report.quantities import count, counted, duration, moment
 from search.report.sites import Sites
 from search.traced import EigenvalueDocument, TraceDocument
 

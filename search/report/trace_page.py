@@ -6,13 +6,13 @@ pages.
 
 import math
 
+from search.quantities import count, significant
 from search.report.channel_figure import channels, num_drawn
 from search.report.channel_spread import spreads
 from search.report.eigenvalue_figure import by_sensitivity, order
 from search.report.eigenvalue_parts import block_figures, has_holes
 from search.report.estimators import ESTIMATORS
 from search.report.named_axis import make_room
-from search.report.quantities import count, significant
 from search.report.share_figure import shares
 from search.report.sites import sites_of
 from search.report.template import fill

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 from hawq.curvature import TraceEstimate, UnitSums
 from hawq.curvature.estimate import summarize
 from search.events import Event
+from search.quantities import significant
 from search.report.canvas import FAINT, LABEL, canvas, make_logarithmic
 from search.report.named_axis import show_names
 from search.report.palette import Look, looks
-from search.report.quantities import significant
 from search.service.pages.count_axis import show_counts
 from search.unit_file import read_units
 

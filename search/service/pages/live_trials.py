@@ -11,9 +11,9 @@ import plotly.graph_objects as go
 from pydantic import ValidationError
 
 from search.artefacts import CandidatesArtefact, StudyArtefact, StudyTrial, Trial
+from search.quantities import mib
 from search.report.canvas import FAINT, LABEL, canvas
 from search.report.palette import looks
-from search.report.quantities import mib
 from search.report.results import methods
 from search.service.pages.count_axis import show_counts
 

@@ -14,8 +14,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from search import quantities
 from search.errors import InputError
-from search.report import quantities
 from search.service.pages.visitors import ForeignFormError, forget
 from search.service.record import StateError
 from search.service.store import NoSearchError, SearchActiveError

@@ -16,9 +16,9 @@ from search.artefacts import (
     TestArtefact,
 )
 from search.errors import InputError
+from search.quantities import mib, percent, plus_minus, significant
 from search.report.canvas import canvas
 from search.report.palette import looks
-from search.report.quantities import mib, percent, plus_minus, significant
 from search.service.pages.live_trials import read_scored
 from search.service.pages.panels import artefact
 from search.service.record import Record, SearchFolder

@@ -9,7 +9,7 @@ from typing import Literal
 
 from search.config import SearchConfig
 from search.events import Event
-from search.report.quantities import duration, significant
+from search.quantities import duration, significant
 
 __all__ = [
     "StageState",

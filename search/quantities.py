@@ -1,4 +1,4 @@
-"""How the report writes quantities: one place decides digits and units."""
+"""How quantities are written: one place decides digits and units."""
 
 import math
 from collections.abc import Sequence
