@@ -1,6 +1,7 @@
 """What a person sees while a search runs: bars in a terminal, plain lines elsewhere."""
 
 import time
+from collections import defaultdict
 from statistics import fmean
 from types import TracebackType
 
@@ -21,6 +22,7 @@ from rich.text import Text
 from hawq.cost import FLOAT_BITS, mib
 from search.artefacts import Candidate, Score, Summary
 from search.events import Event
+from search.pace import Pace, Pacemaker
 from search.report.study_findings import recipe_chosen
 from search.traced import EigenvalueDocument, TraceDocument
 
@@ -39,7 +41,7 @@ class LiveView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars: dict[str, TaskID] = {}
-        self._first: dict[str, tuple[float, float]] = {}
+        self._paces: defaultdict[str, Pacemaker] = defaultdict(Pacemaker)
         self._last_line: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("{task.fields[mark]} {task.description:<11}"),
@@ -66,15 +68,18 @@ class LiveView:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        pace = ""
+        if event.kind == "progress":
+            pace = _written(self._paces[event.stage](event), event.unit or "")
         if event.kind in {"note", "warning"}:
             style = "yellow" if event.kind == "warning" else "dim"
             self._console.print(Text(f"  {event.stage}: {event.message}", style))
         elif self._console.is_terminal:
-            self._bar(event)
+            self._bar(event, pace)
         else:
-            self._line(event)
+            self._line(event, pace)
 
-    def _bar(self, event: Event) -> None:
+    def _bar(self, event: Event, pace: str) -> None:
         if event.stage not in self._bars:
             self._bars[event.stage] = self._progress.add_task(
                 event.stage, total=None, mark=" ", count="", message="", pace=""
@@ -90,7 +95,7 @@ class LiveView:
                 total=event.total,
                 count=count,
                 message=event.message,
-                pace=self._pace(event),
+                pace=pace,
             )
         elif event.kind in {"finished", "skipped", "failed"}:
             mark = "[red]✗" if event.kind == "failed" else "[green]✓"
@@ -99,33 +104,17 @@ class LiveView:
             )
             self._progress.stop_task(bar)
 
-    def _line(self, event: Event) -> None:
+    def _line(self, event: Event, pace: str) -> None:
         if event.kind == "progress":
             if event.time - self._last_line.get(event.stage, 0.0) < _PLAIN_SECONDS:
                 return
             self._last_line[event.stage] = event.time
-            text = f"{event.done:.4g}/{event.total:g} {event.unit} {self._pace(event)}"
+            text = f"{event.done:.4g}/{event.total:g} {event.unit} {pace}"
             parts = [event.stage, text, event.message]
         else:
             parts = [event.stage, event.kind, event.message]
         clock = time.strftime("%H:%M:%S", time.localtime(event.time))
         self._console.print(Text(f"{clock} {'  '.join(p for p in parts if p)}"), soft_wrap=True)
-
-    def _pace(self, event: Event) -> str:
-        """Return rate and time left, measured since this process first saw the stage move."""
-        assert event.done is not None
-        assert event.total is not None
-        since, start = self._first.setdefault(event.stage, (event.time, event.done))
-        seconds, gained = event.time - since, event.done - start
-        if gained <= 0 or seconds <= 0:
-            return ""
-        left = (event.total - event.done) * seconds / gained
-        unit = (event.unit or "").removesuffix("s")
-        if gained > seconds:
-            rate = f"{gained / seconds:.3g} {unit}s/s"
-        else:
-            rate = f"{seconds / gained:.3g} s/{unit}"
-        return f"{rate}, {_duration(left)} left"
 
 
 class _Rate(ProgressColumn):
@@ -275,6 +264,14 @@ def _relative(error: float, size: float) -> str:
 
 def _percent(score: Score) -> str:
     return f"{100 * score.score:.2f} ± {100 * score.standard_error:.2f}"
+
+
+def _written(pace: Pace | None, units: str) -> str:
+    if pace is None:
+        return ""
+    unit = units.removesuffix("s")
+    rate = f"{pace.rate:.3g} {unit}s/s" if pace.rate > 1 else f"{1 / pace.rate:.3g} s/{unit}"
+    return f"{rate}, {_duration(pace.left)} left"
 
 
 def _duration(seconds: float) -> str:

@@ -242,12 +242,9 @@ def test_a_steady_pace_is_found_whatever_it_was_before(rate, num, left):
     steady = [
         Event(i / rate if i else 0.0, "trials", "progress", done=i, total=num + left, unit="epochs")
         for i in range(num)
-        if (num - 1 - i) / rate <= 100
+        if (num - 1 - i) / rate <= 100 or i >= num - 2
     ]
     told = pace(slow + steady)
-    if len(steady) < 2:
-        assert told == ""
-        return
     amount = float(told.split()[0].replace(",", "").replace("−", "-"))
     assert amount == pytest.approx(rate if " a second" in told else 1 / rate, rel=0.01)
     assert told.endswith(" left")

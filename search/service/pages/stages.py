@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from search.config import SearchConfig
 from search.events import Event
+from search.pace import Pacemaker
 from search.quantities import duration, significant
 
 __all__ = [
@@ -23,8 +23,6 @@ __all__ = [
 
 StageState = Literal["waiting", "running", "finished", "skipped", "failed", "stopped"]
 
-# Long enough to be steady, short enough to follow a change.
-_WINDOW_SECONDS = 120.0
 # As in search/pipeline.py, which is not imported here, for it brings Tune and Optuna into the
 # service; a test holds the two together.
 _STAGES = (
@@ -121,32 +119,19 @@ def _stage(name: str, events: Sequence[Event], is_running: bool) -> StageView:
 
 
 def pace(progress: Sequence[Event]) -> str:
-    """Write rate and time left of a stage, from its last two minutes; empty if it stands still."""
-    if not progress:
+    """Write rate and time left of a stage; empty if it stands still."""
+    follow, found = Pacemaker(), None
+    for event in progress:
+        found = follow(event)
+    if found is None:
         return ""
-    last = progress[-1]
-    recent = [
-        event
-        for event in _since_last_beginning(progress)
-        if event.unit == last.unit and last.time - event.time <= _WINDOW_SECONDS
-    ]
-    seconds = last.time - recent[0].time
-    gained = (last.done or 0) - (recent[0].done or 0)
-    if gained <= 0 or seconds <= 0:
-        return ""
-    left = max(0.0, (last.total or 0) - (last.done or 0)) * seconds / gained
-    unit = (last.unit or "").removesuffix("s")
-    if gained > seconds:
-        rate = f"{significant(gained / seconds)} {last.unit} a second"
+    units = progress[-1].unit or ""
+    unit = units.removesuffix("s")
+    if found.rate > 1:
+        rate = f"{significant(found.rate)} {units} a second"
     else:
-        rate = f"{significant(seconds / gained)} seconds a{_n(unit)} {unit}"
-    return f"{rate}, {duration(left)} left"
-
-
-def _since_last_beginning(progress: Sequence[Event]) -> Sequence[Event]:
-    """Return the events since a count began again, as it does with activations after weights."""
-    falls = [i for i, (a, b) in enumerate(pairwise(progress), 1) if (b.done or 0) < (a.done or 0)]
-    return progress[falls[-1] if falls else 0 :]
+        rate = f"{significant(1 / found.rate)} seconds a{_n(unit)} {unit}"
+    return f"{rate}, {duration(found.left)} left"
 
 
 def _n(noun: str) -> str:
