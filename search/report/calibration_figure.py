@@ -1,6 +1,5 @@
 """The figures of how far Ω can be trusted: measured against predicted, and pairs of groups."""
 
-import math
 from collections.abc import Sequence
 from html import escape
 
@@ -17,7 +16,7 @@ from search.artefacts import (
 )
 from search.calibration.agreement import is_clear
 from search.quantities import significant, with_error
-from search.report.canvas import FAINT, canvas
+from search.report.canvas import FAINT, canvas, logarithmic
 from search.report.named_axis import show_names
 from search.report.palette import Look, looks
 from search.report.results import methods
@@ -65,13 +64,8 @@ def increases(calibration: CalibrationArtefact, summary: Summary) -> go.Figure:
     for found in candidates:
         same = [c for c in summary.candidates.candidates if c.digest == found.digest]
         figure.add_trace(_candidate(found, same, look[same[0].method]))
-    for axes, (low, high) in ((figure.update_xaxes, across), (figure.update_yaxes, up)):
-        axes(
-            type="log",
-            exponentformat="power",
-            range=[math.log10(low), math.log10(high)],
-            dtick=1 if high > 100 * low else None,
-        )
+    figure.update_xaxes(logarithmic(*across))
+    figure.update_yaxes(logarithmic(*up))
     return figure
 
 

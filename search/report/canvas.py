@@ -5,7 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-__all__ = ["FAINT", "LABEL", "WARNING", "canvas", "make_logarithmic"]
+__all__ = ["FAINT", "LABEL", "WARNING", "canvas", "logarithmic"]
 
 FAINT, WARNING = "#66727f", "#b42318"
 LABEL = {"size": 12, "color": FAINT}
@@ -51,9 +51,10 @@ def canvas(x: str, y: str) -> go.Figure:
     )
 
 
-def make_logarithmic(figure: go.Figure, low: float, high: float) -> None:
-    """Make the vertical axis logarithmic, between two positive numbers."""
-    # Within a few decades plotly labels 2 and 5 in between; over more they only crowd.
-    step = 1 if high > 100 * low else None
-    decades = [math.log10(low), math.log10(high)]
-    figure.update_yaxes(type="log", exponentformat="power", range=decades, dtick=step)
+def logarithmic(low: float, high: float) -> dict[str, Any]:
+    """Return what makes an axis logarithmic, between two positive numbers."""
+    axis: dict[str, Any] = {"type": "log", "range": [math.log10(low), math.log10(high)]}
+    if high > 100 * low:
+        return axis | {"exponentformat": "power", "dtick": 1}
+    # Between few powers of ten other labels are needed, which plotly would write as bare digits.
+    return axis | {"tickformat": "~g"}

@@ -12,7 +12,7 @@ from html import escape
 import plotly.graph_objects as go
 
 from search.quantities import significant
-from search.report.canvas import WARNING, canvas, make_logarithmic
+from search.report.canvas import WARNING, canvas, logarithmic
 from search.report.sites import Sites
 from search.traced import TraceGroup
 
@@ -58,7 +58,7 @@ def channels(sites: Sites) -> go.Figure:
                 hovertemplate="%{text}<extra></extra>",
             )
     figure.add_trace(_means(sites))
-    make_logarithmic(figure, floor / 1.25, 1.4 * max(positive, default=10.0))
+    figure.update_yaxes(logarithmic(floor / 1.25, 1.4 * max(positive, default=10.0)))
     figure.update_xaxes(
         range=[-0.6, len(sites.groups) - 0.4],
         tickvals=list(range(len(sites.groups))),

@@ -4,7 +4,6 @@ A line is the median of a method's searches, a band holds half of them. What spe
 a level line, which begins at its price.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from search.comparison.progress import Band, band, best_at, best_so_far
 from search.comparison.scale import Scale
 from search.comparison.standings import Standing, spent
-from search.report.canvas import canvas
+from search.report.canvas import canvas, logarithmic
 from search.report.comparison_looks import faded
 from search.report.palette import Look
 
@@ -86,12 +85,7 @@ def by_cost(found: Sequence[Standing], scale: Scale, looks: Mapping[str, Look]) 
     last = max([*starts, *(curve.x[-1] for curve in curves.values())], default=10.0)
     levels = {s.method: (max(s.core_seconds, low), s.median) for s in found if not s.searches}
     _draw(figure, curves, levels, max(last, 2 * low), scale, looks)
-    figure.update_xaxes(
-        type="log",
-        exponentformat="power",
-        range=[math.log10(low), math.log10(1.15 * max(last, 2 * low))],
-        dtick=1 if last > 100 * low else None,
-    )
+    figure.update_xaxes(logarithmic(low, 1.15 * max(last, 2 * low)))
     return figure
 
 

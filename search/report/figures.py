@@ -21,7 +21,7 @@ from search.artefacts import (
     Summary,
 )
 from search.quantities import counted, mib, percent, plus_minus, points
-from search.report.canvas import FAINT, LABEL, canvas, make_logarithmic
+from search.report.canvas import FAINT, LABEL, canvas, logarithmic
 from search.report.palette import Look, looks
 from search.report.results import (
     BudgetResults,
@@ -86,7 +86,7 @@ def fronts(found: CandidatesArtefact, of: Kind = "weights") -> go.Figure:
             figure.add_trace(_chosen(chosen, look, after, of))
     _mark_budgets(figure, groups, of)
     shown = [omega for trace in figure.data for omega in trace.y if omega] or [1.0]
-    make_logarithmic(figure, min(shown) / 1.5, 1.5 * max(shown))
+    figure.update_yaxes(logarithmic(min(shown) / 1.5, 1.5 * max(shown)))
     return figure
 
 

@@ -10,7 +10,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from search.report.canvas import WARNING, canvas, make_logarithmic
+from search.report.canvas import WARNING, canvas, logarithmic
 from search.report.named_axis import error_bars, show_names
 
 __all__ = ["Marks", "marks_figure"]
@@ -81,6 +81,6 @@ def marks_figure(marks: Marks, *, x: str, y: str, value: str, inner: str, outer:
                 hovertemplate="%{x}<br>%{text}<extra></extra>",
             )
     top = max([number + e for number, e in zip(marks.values, marks.outer, strict=True)])
-    make_logarithmic(figure, floor / 1.25, 1.4 * max(top, 10 * floor))
+    figure.update_yaxes(logarithmic(floor / 1.25, 1.4 * max(top, 10 * floor)))
     show_names(figure, names)
     return figure

@@ -13,7 +13,7 @@ from hawq.curvature import TraceEstimate, UnitSums
 from hawq.curvature.estimate import summarize
 from search.events import Event
 from search.quantities import significant
-from search.report.canvas import FAINT, LABEL, canvas, make_logarithmic
+from search.report.canvas import FAINT, LABEL, canvas, logarithmic
 from search.report.named_axis import show_names
 from search.report.palette import Look, looks
 from search.service.pages.count_axis import show_counts
@@ -102,7 +102,7 @@ def convergence(units: Units) -> go.Figure | None:
         figure.add_trace(_settling(named[i], shown[named[i]], settled, int(i)))
     positive = [v for trace in figure.data for v in trace.y if v > 0]
     if positive:
-        make_logarithmic(figure, min(positive) / 1.6, 1.6 * max(positive))
+        figure.update_yaxes(logarithmic(min(positive) / 1.6, 1.6 * max(positive)))
     figure.update_layout(showlegend=True)
     figure.update_xaxes(tickvals=[found.num_probes for found in settled])
     return figure
@@ -173,7 +173,7 @@ def relative_errors(events: Sequence[Event], rtol: float) -> go.Figure | None:
     )
     figure.add_hline(y=rtol, line={"color": FAINT, "width": 1, "dash": "dot"})
     errors = [error for _, error in pairs]
-    make_logarithmic(figure, min(rtol, *errors) / 1.6, 1.3 * max(rtol, *errors))
+    figure.update_yaxes(logarithmic(min(rtol, *errors) / 1.6, 1.3 * max(rtol, *errors)))
     figure.add_annotation(
         text=f"tolerance {rtol:g}",
         font=LABEL,
