@@ -51,7 +51,7 @@ def accuracy(document: ComparisonDocument, found: Sequence[Standing]) -> list[st
         parts += [f"without a seed in common {listed(unknown)}"] if unknown else []
         told.append(f"Fine-tuned, at {budget}, beside {method}: {'; '.join(parts)}.")
     if not told:
-        return ["No search’s finalist has one of the Hessian’s to be compared with."]
+        return ["No finalist has one of the Hessian’s to be compared with."]
     if any(d.num_seeds == 1 for d in document.differences):
         told.append(
             "Some intervals are over images alone, for finalists with one training seed in common: "
@@ -108,11 +108,13 @@ def written(lead: Interval) -> str:
 def _judged(
     document: ComparisonDocument, found: Sequence[Standing]
 ) -> list[tuple[Standing, Standing, Interval | None]]:
-    """Pair each search's finalist with the Hessian's; the lead is None without a seed in common."""
+    """Pair each other finalist with the Hessian's; the lead is None without a seed in common."""
     leads = finalist_leads(document)
     judged = []
     for s in found:
-        beside = hessian_beside(found, s) if s.searches and s.finalist else None
+        if not s.finalist or family(s.method) == "hessian":
+            continue
+        beside = hessian_beside(found, s)
         if beside is not None and beside.finalist is not None:
             judged.append((s, beside, leads.get((s.budget, s.method, beside.method))))
     return judged
