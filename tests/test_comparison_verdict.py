@@ -361,6 +361,33 @@ def test_finalists_are_above_below_the_same_or_not_told_apart():
     ) in told
 
 
+@pytest.mark.parametrize(
+    ("better", "means"),
+    [(1, "scores order these, too"), (-1, "which of them is better, scores do not tell")],
+)
+def test_scores_may_rank_all_kinds_of_allocations_and_not_the_finalists(better, means):
+    document = make_comparison()
+    found = {s.method: s for s in standings(document)}
+    ranked = sorted(found.values(), key=lambda s: s.bests[0].score)
+    finalists = [
+        f.model_copy(
+            update={
+                "digest": found[f.method].bests[0].digest,
+                "score": 0.88 + better * 0.001 * ranked.index(found[f.method]),
+            }
+        )
+        for f in document.finalists
+    ]
+    document = document.model_copy(update={"finalists": finalists})
+    rho = "1.00" if better > 0 else "−1.00"
+    assert said("Among", document) == (
+        "Among the 8 finalists, each its method’s best by score, ρ with the tested accuracy is "
+        f"{rho}, 95 % interval {rho} … {rho}: {means}."
+    )
+    few = document.model_copy(update={"finalists": finalists[1:]})
+    assert not [s for s in verdict(few) if s.startswith("Among")]
+
+
 def test_intervals_of_one_training_seed_are_said_to_be_over_images_alone():
     once = difference("channel", "cw-hawq", -0.006, -0.002) | {"num_seeds": 1}
     told = verdict(make_comparison(methods=("cw-hawq",), differences=[once]))

@@ -1,12 +1,15 @@
 """How far scores may be believed: whether they rank allocations as fine-tuning does."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from search.comparison.document import ComparisonDocument
+from search.comparison.standings import Standing
 from search.comparison.statistics import Interval, rank_agreement
 from search.quantities import counted
 
-__all__ = ["agreement_of", "is_trusted", "trust"]
+__all__ = ["agreement_of", "is_trusted", "trust", "trust_among_finalists"]
 
 # Below it scores order allocations so unlike fine-tuning that a search learns little of use.
 _LEAST_AGREEMENT = 0.6
@@ -42,6 +45,35 @@ def trust(document: ComparisonDocument) -> str:
             "or nearly, by construction."
         )
     return _trust(document)
+
+
+def trust_among_finalists(document: ComparisonDocument, found: Sequence[Standing]) -> list[str]:
+    """Say whether scores order the finalists, too; nothing of a few.
+
+    Scores may rank allocations of all kinds and not the best ones: those are alike, and each was
+    chosen as the highest of many scores, chance included.
+    """
+    points = {
+        (s.budget, s.finalist.digest): (best.score, s.finalist.score)
+        for s in found
+        if s.finalist
+        for best in s.bests
+        if best.digest == s.finalist.digest
+    }
+    if len(points) < _LEAST_ALLOCATIONS:
+        return []
+    scores, tested = np.array(list(points.values())).T
+    rho = rank_agreement(scores, tested, [budget for budget, _ in points], _SEED)
+    if rho is None:
+        return []
+    value, low, high = (_two(x) for x in (rho.value, rho.low, rho.high))
+    means = "scores order these, too"
+    if rho.sign <= 0:
+        means = "which of them is better, scores do not tell"
+    return [
+        f"Among the {len(points)} finalists, each its method’s best by score, ρ with the tested "
+        f"{document.score_name} is {value}, 95 % interval {low} … {high}: {means}."
+    ]
 
 
 def _trust(document: ComparisonDocument) -> str:

@@ -13,7 +13,7 @@ from search.comparison.finals import accuracy, worth
 from search.comparison.phrases import few, spread
 from search.comparison.race import beside_the_hessian, between_searches, warm_starts
 from search.comparison.standings import Standing, standings
-from search.comparison.trust import is_trusted, trust
+from search.comparison.trust import is_trusted, trust, trust_among_finalists
 
 __all__ = ["verdict"]
 
@@ -26,6 +26,7 @@ def verdict(document: ComparisonDocument) -> list[str]:
         told += between_searches(document, found)
         told += beside_the_hessian(document, found)
         told += warm_starts(found)
+        told += trust_among_finalists(document, found)
     return [*told, *accuracy(document, found), *worth(document, found)]
 
 
