@@ -18,6 +18,7 @@ from search.events import EventLog
 from search.folder import RunFolder
 from search.machine import machine, versions
 from search.pipeline import prepared
+from search.quantities import significant
 from search.stages.search import Search
 
 __all__ = ["Check", "examine", "examine_config"]
@@ -103,7 +104,7 @@ def _seen(search: Search) -> Iterator[Check]:
     yield Check("space", True, f"{chosen}: {', '.join(b.label for b in search.config.budgets)}")
     batch = task.batch("train", torch.arange(1))
     loss = float(task.losses(model, batch).detach()[0])
-    yield Check("loss", math.isfinite(loss), f"{loss:.4g} on the first training example")
+    yield Check("loss", math.isfinite(loss), f"{significant(loss)} on the first training example")
     with torch.no_grad():
         values = task.scores(model, task.batch("search", torch.arange(1)))
     yield Check("score", bool(torch.isfinite(values).all()), task.score_name)
