@@ -56,7 +56,7 @@ class ManyClasses(NetTask):
 def test_few_classes_are_taken_one_by_one(estimator, subject):
     plan, reason = plan_of(TinyTask(), estimator=estimator, subject=subject)
     assert plan.estimator == "exact_gauss_newton"
-    assert "3.0 directions an example hold its outputs' curvature" in reason
+    assert "3 directions an example hold its outputs' curvature" in reason
     start = "the Hessian's blocks are" if estimator == "auto" else "asked for"
     assert reason.startswith(start)
 
@@ -67,9 +67,10 @@ def test_many_classes_are_mixed_of_leading_directions_and_probes(estimator, rtol
     task = ManyClasses()
     plan, reason = plan_of(task, ("1",), estimator=estimator, num_examples=40, rtol=rtol)
     assert plan.estimator == "mixed_gauss_newton"
-    assert f"{plan.leading} leading directions an example and {plan.probes_per_unit} probes" in (
-        reason
-    )
+    said = f"{plan.leading} leading directions an example and {plan.probes_per_unit} probes"
+    if not plan.leading:
+        said = f"{plan.probes_per_unit} probes an example and no direction by itself"
+    assert said in reason
     estimate = estimate_traces(task, task.model(), plan)
     x, _ = task.batch("train", torch.arange(40))
     p = task.model()(x).detach().softmax(1)
@@ -107,7 +108,7 @@ def test_directions_of_examples_that_count_for_nothing_are_not_counted():
     task = TinyTask()
     model = task.model().eval()
     batch = task.batch("train", torch.arange(4))
-    for weights, expected in (([1, 1, 1, 1], "3.0"), ([2, 2, 0, 0], "1.5")):
+    for weights, expected in (([1, 1, 1, 1], "3"), ([2, 2, 0, 0], "1.5")):
         choice = choose_passes(
             task,
             model,

@@ -245,19 +245,17 @@ def choose_passes(
     # pass: one that halves the probes' error is worth it.
     if leading + 1 < len(spreads) and 4 * spreads[leading + 1] < spreads[leading]:
         cost, leading = cost + 1, leading + 1
+    number = f"{passes:,.1f}".removesuffix(".0")
     if passes <= cost:
         return Choice(
             "exact_gauss_newton",
-            f"{passes:.1f} directions an example hold its outputs' curvature, against "
+            f"{number} directions an example hold its outputs' curvature, against "
             f"{leading} and {probes} probes",
         )
-    return Choice(
-        "mixed_gauss_newton",
-        f"{leading} leading directions an example and {probes} probes of the others, against "
-        f"{passes:.1f} directions",
-        leading,
-        probes,
-    )
+    instead = f"{leading} leading directions an example and {probes} probes of the others"
+    if not leading:
+        instead = f"{probes} probes an example and no direction by itself"
+    return Choice("mixed_gauss_newton", f"{instead}, against {number} directions", leading, probes)
 
 
 @torch.no_grad()
