@@ -50,8 +50,8 @@ def trust(document: ComparisonDocument) -> str:
 def trust_among_finalists(document: ComparisonDocument, found: Sequence[Standing]) -> list[str]:
     """Say whether scores order the finalists, too; nothing of a few.
 
-    Scores may rank allocations of all kinds and not the best ones: those are alike, and each was
-    chosen as the highest of many scores, chance included.
+    Scores may rank allocations of all kinds and not the best ones: those are alike, and what a
+    search found was chosen as the highest of many scores, chance included.
     """
     points = {
         (s.budget, s.finalist.digest): (best.score, s.finalist.score)
@@ -67,12 +67,14 @@ def trust_among_finalists(document: ComparisonDocument, found: Sequence[Standing
     if rho is None:
         return []
     value, low, high = (_two(x) for x in (rho.value, rho.low, rho.high))
-    means = "scores order these, too"
-    if rho.sign <= 0:
-        means = "which of them is better, scores do not tell"
+    means = {
+        1: "scores order these, too",
+        0: "which of them is better, scores do not tell",
+        -1: "scores order these the other way round",
+    }
     return [
-        f"Among the {len(points)} finalists, each its method’s best by score, ρ with the tested "
-        f"{document.score_name} is {value}, 95 % interval {low} … {high}: {means}."
+        f"Among the {len(points)} finalists themselves ρ with the tested {document.score_name} is "
+        f"{value}, 95 % interval {low} … {high}: {means[rho.sign]}."
     ]
 
 

@@ -6,7 +6,7 @@ __all__ = ["ESTIMATORS"]
 
 ESTIMATORS: dict[EstimatorName, str] = {
     "exact_gauss_newton": "Gauss–Newton, exact",
-    "mixed_gauss_newton": "Gauss–Newton, exact in the leading directions",
+    "mixed_gauss_newton": "Gauss–Newton, with probes of each example’s lesser directions",
     "gauss_newton": "Gauss–Newton",
     "corrected_gauss_newton": "Gauss–Newton, with probes of what the Hessian has besides",
     "hutchinson": "Hutchinson",

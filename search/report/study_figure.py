@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from search.artefacts import StudyArtefact, StudyTrial, Summary
 from search.quantities import mib
-from search.report.canvas import WARNING, canvas
+from search.report.canvas import WARNING, canvas, logarithmic
 
 __all__ = ["study_figures"]
 
@@ -34,7 +34,7 @@ def study_figures(summary: Summary) -> dict[str, go.Figure]:
         allowed = space.get(name)
         figures[name] = figure = _figure(study, escape(name), y, lambda t, n=name: t.parameters[n])
         if isinstance(allowed, dict) and allowed["log"]:
-            figure.update_xaxes(type="log", exponentformat="power")
+            figure.update_xaxes(logarithmic(allowed["low"] / 1.2, 1.2 * allowed["high"]))
     return figures
 
 
